@@ -1,0 +1,129 @@
+"""The multi-view attention transfer loss: how far a student's attention maps are from its teacher's.
+
+For a pair of features or maps with Q(F)[b, t] = sum_c |F[b, c, t]|^p and N(Q) = Q / ||Q||_2 (over time):
+
+    form="paper":  mean over b of  || N(Q_S) - N(Q_T) ||_2
+    form="code":   mean over (b, t) of  (N(Q_S) - N(Q_T))^2
+
+Zagoruyko & Komodakis ("Paying more attention to attention", ICLR 2017) state the first and published the second (whose
+mean over channels instead of the sum falls out of the normalisation). Source of the use on the three views: Shin et al.,
+"Multi-View Attention Transfer for Efficient Speech Enhancement", Interspeech 2022.
+
+The distance is always taken between normalised maps, never as 2 - 2 <N_S, N_T>, which cancels when the student is close.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mvat.kernels.attention_map import attention_map, attention_map_reference
+from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels.checks import check_features
+
+register("attention_transfer_loss", not_written)
+
+FORMS = ("paper", "code")
+REDUCTIONS = ("sum", "none")
+
+
+def _or_one(value: Tensor) -> Tensor:
+    """Zeros replaced by one, for a division that leaves zero where zero was."""
+    return torch.where(value == 0, torch.ones_like(value), value)
+
+
+def _normalised(q: Tensor) -> Tensor:
+    """q [B, T] over its 2-norm; silence stays zero. The norm is taken on q / max q, so that no square over- or underflows."""
+    q = q / _or_one(q.detach().abs().amax(1, keepdim=True))
+    return q / _or_one(torch.linalg.vector_norm(q, dim=1, keepdim=True))
+
+
+def _pair_distance(q_student: Tensor, q_teacher: Tensor, form: str) -> Tensor:
+    """The distance of two maps [B, T] as a scalar; zero for an empty batch."""
+    if q_student.dtype != q_teacher.dtype:
+        dtype = torch.promote_types(q_student.dtype, q_teacher.dtype)
+        q_student, q_teacher = q_student.to(dtype), q_teacher.to(dtype)
+    difference = _normalised(q_student) - _normalised(q_teacher)
+    if form == "paper":
+        each = torch.linalg.vector_norm(difference, dim=1)
+    else:
+        each = difference.square().mean(1)
+    return each.sum() / max(each.numel(), 1)
+
+
+def _maps_distance(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], form: str, reduction: str
+) -> Tensor:
+    losses = [_pair_distance(s, t.detach(), form) for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(losses).sum() if reduction == "sum" else torch.stack(losses)
+
+
+def _as_float_map(x: Tensor) -> Tensor:
+    """A map given by the caller, in float32 at least."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def attention_transfer_loss_reference(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, p: float = 2.0, form: str = "paper", reduction: str = "sum"
+) -> Tensor:
+    """`attention_transfer_loss` in plain PyTorch."""
+    maps = [
+        [attention_map_reference(f, p) if f.dim() == 3 else _as_float_map(f) for f in side]
+        for side in (student, [t.detach() for t in teacher])
+    ]
+    return _maps_distance(*maps, form, reduction)
+
+
+def _check_pairs(op: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
+    for name, side in (("student", student), ("teacher", teacher)):
+        if isinstance(side, Tensor) or not isinstance(side, Sequence):
+            raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(side).__name__}")
+    if len(student) != len(teacher) or not len(student):
+        raise ValueError(
+            f"{op}: student and teacher must be equally long and not empty, got {len(student)} and {len(teacher)} tensors"
+        )
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        for name, f in ((f"student[{i}]", s), (f"teacher[{i}]", t)):
+            is_map = isinstance(f, Tensor) and f.dim() == 2
+            check_features(op, name, f, ("B", "T") if is_map else ("B", "C", "T"))
+        if s.shape[0] != t.shape[0] or s.shape[-1] != t.shape[-1]:
+            raise ValueError(
+                f"{op}: pair {i} must agree in batch and time, got student {list(s.shape)} and teacher {list(t.shape)}"
+            )
+        if s.device != t.device:
+            raise ValueError(f"{op}: pair {i} must be on one device, got {s.device} and {t.device}")
+        if s.shape[-1] == 0:
+            raise ValueError(f"{op}: pair {i} must have at least one time step, got student {list(s.shape)}")
+
+
+def attention_transfer_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], *, p: float = 2.0, form: str = "paper", reduction: str = "sum"
+) -> Tensor:
+    """The attention transfer loss over pairs of features or maps.
+
+    Args:
+        student, teacher: equally long sequences of tensors. A tensor [B, C, T] is a feature, a tensor [B, T] a map
+            already; both kinds may be mixed. A pair may differ in channels, never in batch or time. Half precision is
+            summed in float32.
+        p: the power in the map, finite and at least 1.
+        form: "paper" or "code", see the module's formula.
+        reduction: "sum" over the pairs gives a scalar, "none" one value a pair, [len(student)].
+
+    Returns:
+        The loss, float32 or float64. Only the student gets a gradient; silence (Q = 0) and equal maps give zero.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape, device, or an unknown form or reduction.
+    """
+    op = "attention_transfer_loss"
+    if form not in FORMS:
+        raise ValueError(f"{op}: form must be one of {', '.join(FORMS)}, got {form!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    _check_pairs(op, student, teacher)
+    use_fused(op, student[0])
+    maps = [
+        [attention_map(f, p) if f.dim() == 3 else _as_float_map(f) for f in side]
+        for side in (student, [t.detach() for t in teacher])
+    ]
+    return _maps_distance(*maps, form, reduction)

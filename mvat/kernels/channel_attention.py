@@ -1,0 +1,61 @@
+"""The channel view of a multi-view block: a gate per channel from its maximum and its mean over time.
+
+    fc(v) = W2 relu(W1 v + b1) + b2
+    y[b, c, t] = x[b, c, t] * sigmoid(fc(max_t x) + fc(mean_t x))[b, c]
+
+Source: Park et al., "MANNER: Multi-view Attention Network for Noise Erasure", ICASSP 2022, after the channel
+attention of CBAM (Woo et al., ECCV 2018).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels.checks import check_features, check_parameter
+
+register("channel_attention", not_written)
+
+
+def channel_attention_reference(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """`channel_attention` in plain PyTorch.
+
+    adaptive_max_pool1d rather than amax: it sends the gradient to one maximum, as the original does, and its backward
+    is twice as fast.
+    """
+    pooled = torch.stack((F.adaptive_max_pool1d(x, 1)[..., 0], x.mean(-1)))  # [2, B, n]
+    hidden = F.relu(F.linear(pooled, fc1_weight, fc1_bias))
+    gate = torch.sigmoid(F.linear(hidden, fc2_weight, fc2_bias).sum(0))
+    return x * gate[..., None]
+
+
+def channel_attention(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
+) -> Tensor:
+    """Scale every channel by a gate computed from its maximum and its mean over time.
+
+    Args:
+        x: features [B, n, T], float32, float64, or half precision.
+        fc1_weight, fc1_bias: the first linear layer, [n // 2, n] and [n // 2] (any hidden width is accepted).
+        fc2_weight, fc2_bias: the second linear layer, [n, n // 2] and [n].
+
+    Returns:
+        [B, n, T]. A maximum sends its gradient to the first index that attains it.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape or device, or an empty time axis.
+    """
+    op = "channel_attention"
+    check_features(op, "x", x, ("B", "n", "T"))
+    n = x.shape[1]
+    hidden = fc1_weight.shape[0] if isinstance(fc1_weight, Tensor) and fc1_weight.dim() else 0
+    check_parameter(op, "fc1_weight", fc1_weight, (hidden, n), x)
+    check_parameter(op, "fc1_bias", fc1_bias, (hidden,), x)
+    check_parameter(op, "fc2_weight", fc2_weight, (n, hidden), x)
+    check_parameter(op, "fc2_bias", fc2_bias, (n,), x)
+    if x.shape[2] == 0:
+        raise ValueError(f"{op}: x must have at least one sample in time, got shape {list(x.shape)}")
+    use_fused(op, x)
+    return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

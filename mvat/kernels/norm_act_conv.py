@@ -1,0 +1,194 @@
+"""A stage of a convolution chain: the previous stage's normalisation and activation, then a convolution.
+
+    norm_act_conv: y = conv(act(norm(x)))          norm_act: y = act(norm(x) + shortcut_norm(shortcut))
+
+A network written as convolutions that hand their raw output on, each normalised in the next one's prologue, needs one
+read and one write of the features a stage. `norm_act` ends such a chain.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels.checks import check_features, check_parameter
+from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
+
+register("norm_act_conv", not_written)
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "silu": F.silu,
+    "glu": lambda x: F.glu(x, 1),
+}
+
+
+def conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """conv1d or conv_transpose1d in the form PyTorch runs fastest: a 1x1 convolution is a batched product.
+
+    On two CPU cores, forward, conv1d against baddbmm: 7.5 and 0.7 ms at 12 channels, 35 and 10 ms at 60; level at 480.
+    """
+    if transposed:
+        return F.conv_transpose1d(x, weight, bias, stride, padding, 0, groups)
+    if weight.shape[-1] == stride == groups == 1 and padding == 0:
+        matrix = weight[..., 0].expand(x.shape[0], -1, -1)
+        return torch.bmm(matrix, x) if bias is None else torch.baddbmm(bias[None, :, None], matrix, x)
+    return F.conv1d(x, weight, bias, stride, padding, 1, groups)
+
+
+def norm_act_conv_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "identity",
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    transposed: bool = False,
+    training: bool = False,
+) -> Tensor:
+    """`norm_act_conv` in plain PyTorch."""
+    if norm is not None:
+        x = batch_norm_reference(x, norm, training)
+    return conv_reference(ACTIVATIONS[activation](x), weight, bias, stride, padding, groups, transposed)
+
+
+def norm_act_reference(
+    x: Tensor,
+    norm: Norm,
+    activation: str = "identity",
+    *,
+    shortcut: Tensor | None = None,
+    shortcut_norm: Norm | None = None,
+    training: bool = False,
+) -> Tensor:
+    """`norm_act` in plain PyTorch."""
+    x = batch_norm_reference(x, norm, training)
+    if shortcut is not None:
+        x = x + (shortcut if shortcut_norm is None else batch_norm_reference(shortcut, shortcut_norm, training))
+    return ACTIVATIONS[activation](x)
+
+
+def _check_activation(op: str, activation: object, channels: int) -> int:
+    """The number of channels after the activation; ValueError for an unknown one or an odd number under GLU."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation != "glu":
+        return channels
+    if channels % 2:
+        raise ValueError(f"{op}: glu needs an even number of channels, got {channels}")
+    return channels // 2
+
+
+def norm_act_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    activation: str = "identity",
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    transposed: bool = False,
+    training: bool = False,
+) -> Tensor:
+    """One stage of a chain: normalise and activate the previous stage's raw output, then convolve.
+
+    Args:
+        x: the previous stage's output [B, C, T], not normalised yet.
+        weight: [out, in / groups, K], or [in, out / groups, K] if transposed; in = C, or C / 2 after GLU.
+        bias: [out] or None.
+        norm: the previous stage's batch norm, or None.
+        activation: "identity", "relu", "silu" or "glu" (over channels).
+        stride, padding, groups, transposed: as torch.nn.functional.conv1d and conv_transpose1d.
+        training: True takes the statistics of the batch and updates norm's running ones in place.
+
+    Returns:
+        [B, out, T'], raw.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape or device, or an unknown activation.
+    """
+    op = "norm_act_conv"
+    check_features(op, "x", x)
+    channels = _check_activation(op, activation, x.shape[1])
+    if not isinstance(weight, Tensor) or weight.dim() != 3:
+        given = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"{op}: weight must be a tensor of three dimensions, got {given}")
+    if transposed:
+        expected = (channels, weight.shape[1], weight.shape[2])
+        out = weight.shape[1] * groups
+    else:
+        expected = (weight.shape[0], channels // groups, weight.shape[2])
+        out = weight.shape[0]
+    check_parameter(op, "weight", weight, expected, x)
+    if bias is not None:
+        check_parameter(op, "bias", bias, (out,), x)
+    if norm is not None:
+        check_norm(op, "norm", norm, x.shape[1], x)
+    use_fused(op, x)
+    return norm_act_conv_reference(
+        x,
+        weight,
+        bias,
+        norm=norm,
+        activation=activation,
+        stride=stride,
+        padding=padding,
+        groups=groups,
+        transposed=transposed,
+        training=training,
+    )
+
+
+def norm_act(
+    x: Tensor,
+    norm: Norm,
+    activation: str = "identity",
+    *,
+    shortcut: Tensor | None = None,
+    shortcut_norm: Norm | None = None,
+    training: bool = False,
+) -> Tensor:
+    """The end of a chain: normalise, add a shortcut (itself normalised where it has a norm), activate.
+
+    Args:
+        x: the last stage's raw output [B, C, T].
+        norm: its batch norm.
+        activation: "identity", "relu", "silu" or "glu" (over channels).
+        shortcut: [B, C, T] added before the activation, or None.
+        shortcut_norm: the shortcut's batch norm, or None.
+        training: True takes the statistics of the batch and updates the running ones in place.
+
+    Returns:
+        [B, C, T], or [B, C / 2, T] after GLU.
+
+    Raises:
+        TypeError, ValueError: for a wrong type, dtype, shape or device, or an unknown activation.
+    """
+    op = "norm_act"
+    check_features(op, "x", x)
+    _check_activation(op, activation, x.shape[1])
+    check_norm(op, "norm", norm, x.shape[1], x)
+    if shortcut is not None:
+        check_parameter(op, "shortcut", shortcut, x.shape, x)
+    if shortcut_norm is not None:
+        check_norm(op, "shortcut_norm", shortcut_norm, x.shape[1], x)
+    use_fused("norm_act_conv", x)
+    return norm_act_reference(
+        x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training
+    )

@@ -1,0 +1,149 @@
+"""Training losses: the weighted multi-resolution loss, and what distillation adds to it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mvat.kernels import attention_transfer_loss
+from mvat.kernels.checks import check_features
+from mvat.models import Views
+
+#: n_fft, hop and window length of the three STFTs, in samples at 16 kHz.
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+VIEW_NAMES = Views._fields
+
+
+def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
+    """Signals [B, T] or [B, 1, T] as [B, T]; ValueError unless all agree and are long enough to be reflected."""
+    clips = []
+    for name, signal in signals.items():
+        is_flat = isinstance(signal, Tensor) and signal.dim() == 2
+        check_features(op, name, signal, ("B", "T") if is_flat else ("B", "1", "T"))
+        if not is_flat and signal.shape[1] != 1:
+            raise ValueError(f"{op}: {name} must have shape [B, T] or [B, 1, T], got {list(signal.shape)}")
+        clips.append(signal if is_flat else signal[:, 0])
+    shapes = {name: list(signal.shape) for name, signal in signals.items()}
+    if len({clip.shape for clip in clips}) > 1:
+        raise ValueError(f"{op}: the signals must have one shape, got {shapes}")
+    shortest = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
+    if clips[0].shape[1] < shortest:
+        raise ValueError(f"{op}: the signals must have at least {shortest} samples, got {shapes}")
+    return clips
+
+
+def _magnitude(x: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
+    """sqrt(max(re^2 + im^2, 1e-7)) of x [B, T], periodic Hann window, centred, reflect padding: [B, F, frames]."""
+    window = torch.hann_window(window_length, dtype=x.dtype, device=x.device)
+    spectrum = torch.stft(x, n_fft, hop, window_length, window, center=True, pad_mode="reflect", return_complex=True)
+    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-7).sqrt()
+
+
+def mrstft_distance(estimate: Tensor, target: Tensor) -> Tensor:
+    """Per-clip distance in time and in three resolutions of time and frequency.
+
+        mean |x - y| + 0.5 mean over STFTs of ( ||Y - X||_F / ||Y||_F + mean |ln Y - ln X| )
+
+    Args:
+        estimate, target: audio [B, T] or [B, 1, T], at least 1025 samples.
+
+    Returns:
+        [B]. Zero, with a zero gradient, where both are equal.
+    """
+    x, y = _as_clips("mrstft_distance", estimate=estimate, target=target)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x, y = x.float(), y.float()
+    distance = (x - y).abs().mean(1)
+    for resolution in RESOLUTIONS:
+        x_mag, y_mag = _magnitude(x, *resolution), _magnitude(y, *resolution)
+        convergence = torch.linalg.vector_norm(y_mag - x_mag, dim=(1, 2)) / torch.linalg.vector_norm(y_mag, dim=(1, 2))
+        log_difference = (y_mag.log() - x_mag.log()).abs().mean((1, 2))
+        distance = distance + 0.5 / len(RESOLUTIONS) * (convergence + log_difference)
+    return distance
+
+
+def weighted_mrstft_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
+    """The enhancement loss: the distance of speech and of residual noise, weighted by their energies in each clip.
+
+        a D(estimate, clean) + (1 - a) D(noisy - estimate, noisy - clean),   D = `mrstft_distance`,
+        a = |clean|^2 / (|clean|^2 + |noisy - clean|^2 + 2e-7),   then the mean over the batch
+
+    Args:
+        estimate, clean, noisy: audio [B, T] or [B, 1, T], at least 1025 samples.
+
+    Source: the weighted loss of MANNER (Park et al., ICASSP 2022) over Parallel WaveGAN's STFT loss.
+    """
+    estimate, clean, noisy = _as_clips("weighted_mrstft_loss", estimate=estimate, clean=clean, noisy=noisy)
+    noise = noisy - clean
+    speech_energy, noise_energy = clean.square().sum(1), noise.square().sum(1)
+    a = speech_energy / (speech_energy + noise_energy + 2e-7)
+    speech = mrstft_distance(estimate, clean)
+    residual = mrstft_distance(noisy - estimate, noise)
+    return (a * speech + (1 - a) * residual).mean()
+
+
+def multi_view_transfer_loss(
+    student: Sequence[Views],
+    teacher: Sequence[Views],
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    views: Sequence[str] = VIEW_NAMES,
+    p: float = 2.0,
+    form: str = "paper",
+) -> Tensor:
+    """MV-AT: `mvat.kernels.attention_transfer_loss` summed over pairs of blocks and over views.
+
+    Args:
+        student, teacher: one Views per multi-view block in execution order, of features or of maps
+            (`Manner(..., return_views=True)` and `return_maps=True`).
+        pairs: (student block, teacher block) indices; None pairs all blocks in order.
+        views: which of "channel", "global_", "local" are transferred.
+        p, form: see `attention_transfer_loss`.
+
+    Raises:
+        ValueError: for pairs or views that do not exist.
+    """
+    unknown = [view for view in views if view not in VIEW_NAMES]
+    if unknown or not views:
+        raise ValueError(f"views must be some of {', '.join(VIEW_NAMES)}, got {', '.join(views) or 'none'}")
+    chosen = block_pairs(len(student), len(teacher), pairs)
+    return attention_transfer_loss(
+        [getattr(student[s], view) for s, _ in chosen for view in views],
+        [getattr(teacher[t], view) for _, t in chosen for view in views],
+        p=p,
+        form=form,
+    )
+
+
+def block_pairs(students: int, teachers: int, pairs: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    """The pairs of block indices to transfer; ValueError if None and the numbers differ, or if one does not exist."""
+    if pairs is None:
+        if students != teachers:
+            raise ValueError(
+                f"the student has {students} multi-view blocks and the teacher {teachers}: name the pairs of blocks"
+            )
+        return [(i, i) for i in range(students)]
+    for s, t in pairs:
+        if not (0 <= s < students and 0 <= t < teachers):
+            raise ValueError(f"pair ({s}, {t}) does not exist: {students} student and {teachers} teacher blocks")
+    return [(s, t) for s, t in pairs]
+
+
+def block_transfer_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    p: float = 2.0,
+    form: str = "paper",
+) -> Tensor:
+    """Plain attention transfer, for comparison: the same loss on the blocks' outputs (or their maps)."""
+    chosen = block_pairs(len(student), len(teacher), pairs)
+    return attention_transfer_loss(
+        [student[s] for s, _ in chosen], [teacher[t] for _, t in chosen], p=p, form=form
+    )
+
+
+def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Output distillation, for comparison: the mean over clips of `mrstft_distance` to the teacher's estimate (ours)."""
+    return mrstft_distance(student, teacher.detach()).mean()

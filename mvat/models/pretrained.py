@@ -1,0 +1,161 @@
+"""Weights in and out: folders of config.json and model.safetensors, hub names, checkpoint files."""
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """The configuration, the state_dict and a name for messages; see `Manner.from_pretrained`."""
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        return _load_checkpoint(path)
+    return _load_folder(_download(source))
+
+
+def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write both files under temporary names, then rename them, so that a failure leaves the former ones whole."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"architecture": "Manner", "sample_rate": 16_000, "arguments": dict(config)}, indent=2)
+    weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+    temporary = [p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (weights, settings)]
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary[0])
+        temporary[1].write_text(text + "\n")
+        os.replace(temporary[0], weights)
+        os.replace(temporary[1], settings)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """load_state_dict with every name and shape checked first; ValueError in one line that names the origin."""
+    expected = model.state_dict()
+    problems = []
+    for kind, names in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
+        if names:
+            problems.append(f"{len(names)} {kind} (such as {min(names)})")
+    shapes = [n for n in sorted(expected.keys() & state.keys()) if expected[n].shape != state[n].shape]
+    if shapes:
+        n = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape (such as {n}: {list(state[n].shape)} instead of {list(expected[n].shape)})"
+        )
+    if problems:
+        raise ValueError(f"{origin}: the weights do not fit the model: {', '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint file's dictionary, loaded without running any code it may hold.
+
+    Raises:
+        ValueError: if it is no readable checkpoint or holds Python objects; names the file and the reason.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        if zip_like(path) and "Weights only load failed" in reason:
+            reason = "it holds Python objects other than tensors and plain values"
+        raise ValueError(f"{path}: refused to load the checkpoint: {reason}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # torch.load raises many types for a cut or foreign file
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__} instead of a dictionary")
+    return content
+
+
+def zip_like(path: str | Path) -> bool:
+    """Whether the file starts as PyTorch's zip format does."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings, weights = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    for path in (settings, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a model's folder holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    try:
+        content = json.loads(settings.read_text())
+        config = content["arguments"]
+        config.keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{settings}: not a model\'s configuration: expected JSON with "arguments"') from None
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
+    return dict(config), state, str(weights)
+
+
+def _load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    content = read_checkpoint(path)
+    state = content.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f'{path}: not a checkpoint of a model: it has no "state_dict" of tensors')
+    config = content.get("model_config")
+    return (dict(config) if isinstance(config, dict) else _infer_config(state, path)), state, str(path)
+
+
+def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The architecture of an official checkpoint, read off its weights; the stride, which leaves no trace, is half the kernel."""
+    block = "manner_block."
+    try:
+        depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith(block + "encoder."))
+        hidden, in_channels, _ = state[block + "in_conv.0.weight"].shape
+        kernel_size = state[block + "encoder.0.down_conv.0.weight"].shape[2]
+        query = state[f"{block}encoder.{depth - 1}.attn_block.global_attn.w_qs.weight"]
+        everywhere = depth > 1 and f"{block}encoder.0.attn_block.shortcut.conv.weight" in state
+        return {
+            "in_channels": in_channels,
+            "out_channels": state[block + "out_conv.0.weight"].shape[0],
+            "hidden": hidden,
+            "depth": depth,
+            "kernel_size": kernel_size,
+            "stride": max(kernel_size // 2, 1),
+            "head": math.isqrt(query.shape[0] // query.shape[1]),
+            "segment_len": query.shape[1],
+            "attention_layers": "all" if everywhere else "deepest",
+        }
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"{path}: the weights are not those of a MANNER network") from None
+
+
+def _download(name: str | Path) -> Path:
+    # A path that does not exist looks like a hub name only with one slash at most.
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} does not exist")
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"{name} does not exist; to load it from the Hugging Face hub, pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except Exception as error:  # the hub's many network, name and permission errors
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(f"{name} is neither a file or folder nor to be had from the hub: {reason}") from None
