@@ -7,7 +7,6 @@ references; a compiler that fails is an error.
 
 import os
 import platform
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -30,9 +29,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler's command: $CXX, c++, g++ or clang++, whichever is there first, or None."""
+    """The C++ compiler's program: $CXX, c++, g++ or clang++, whichever is there first, or None."""
     for command in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        if command and shutil.which(shlex.split(command)[0]):
+        if command and shutil.which(command):
             return command
     return None
 
@@ -42,8 +41,8 @@ def extension() -> dict[str, object]:
     compiler = find_compiler()
     if compiler is None:
         print(
-            "mvat: NO C++ COMPILER FOUND ($CXX, c++, g++, clang++): installing the pure-Python part only; the operators "
-            "will run their slower plain PyTorch references",
+            "mvat: NO C++ COMPILER FOUND ($CXX, c++, g++, clang++): installing the pure-Python part only; "
+            "the operators will run their slower plain PyTorch references",
             file=sys.stderr,
         )
         return {}

@@ -1,7 +1,29 @@
 """mvat: fast multi-view attention and attention transfer for time-domain speech enhancement."""
 
-from mvat.kernels import use_backend
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvat.inference import enhance
+    from mvat.kernels import use_backend
+    from mvat.models import Manner
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "use_backend"]
+__all__ = ["Manner", "__version__", "enhance", "use_backend"]
+
+# Looked up at first use, so that `mvat --help` need not wait for PyTorch.
+_HOMES = {"Manner": "mvat.models", "enhance": "mvat.inference", "use_backend": "mvat.kernels"}
+_MODULES = ("audio", "inference", "kernels", "losses", "metrics", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mvat.{name}")
+    raise AttributeError(f"module 'mvat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mvat.files import replacing
+
 __all__ = [
     "SAMPLE_RATE",
     "AudioError",
@@ -100,9 +102,12 @@ def read(path: str | os.PathLike[str], start: int = 0, frames: int = -1) -> tupl
         count = file.frames - start if frames < 0 else frames
         if start < 0 or count < 1 or start + count > file.frames:
             raise AudioError(f"{path}: frames {start} to {start + count} asked for, the file has {file.frames}")
-        file.seek(start)
-        samples = file.read(count, dtype="float32", always_2d=True)
         rate = file.samplerate
+        try:
+            file.seek(start)
+            samples = file.read(count, dtype="float32", always_2d=True)
+        except require("soundfile").LibsndfileError as error:
+            raise AudioError(f"{path}: corrupt or cut short ({error.error_string or 'decoding failed'})") from error
     if len(samples) != count:
         raise AudioError(f"{path}: cut short, {len(samples)} of {count} frames could be read")
     if not np.isfinite(samples).all():
@@ -144,14 +149,11 @@ def write(path: str | os.PathLike[str], samples: np.ndarray, rate: int, subtype:
     if not path.parent.is_dir():
         raise AudioError(f"{path}: the folder {path.parent} does not exist")
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        soundfile.write(part, _quantise(samples, subtype).T, rate, format=container, subtype=subtype)
-        os.replace(part, path)
+        with replacing(path) as part:
+            soundfile.write(part, _quantise(samples, subtype).T, rate, format=container, subtype=subtype)
     except (OSError, soundfile.LibsndfileError) as error:
         raise AudioError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -198,7 +200,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
                 raise AudioError(f"{path}: holds no samples")
             yield file
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: no readable audio ({error.error_string or 'corrupt or cut short'})") from error
+        raise AudioError(f"{path}: no readable audio ({error.error_string})") from error
     except TypeError as error:  # soundfile's answer to headerless files such as .raw
         raise AudioError(f"{path}: no readable audio ({error})") from error
 

@@ -15,20 +15,27 @@ VIEW_NAMES = Views._fields
 
 
 def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
-    """Signals [B, T] or [B, 1, T] as [B, T]; ValueError unless all agree and are long enough to be reflected."""
+    """Signals [B, T] or [B, 1, T] as [B, T], in float32 at least.
+
+    ValueError unless all agree, there is a clip, and they are long enough to be reflected.
+    """
     clips = []
     for name, signal in signals.items():
         is_flat = isinstance(signal, Tensor) and signal.dim() == 2
         check_features(op, name, signal, ("B", "T") if is_flat else ("B", "1", "T"))
         if not is_flat and signal.shape[1] != 1:
             raise ValueError(f"{op}: {name} must have shape [B, T] or [B, 1, T], got {list(signal.shape)}")
-        clips.append(signal if is_flat else signal[:, 0])
+        clip = signal if is_flat else signal[:, 0]
+        clips.append(clip.float() if clip.dtype in (torch.float16, torch.bfloat16) else clip)
     shapes = {name: list(signal.shape) for name, signal in signals.items()}
     if len({clip.shape for clip in clips}) > 1:
         raise ValueError(f"{op}: the signals must have one shape, got {shapes}")
+    devices = {name: str(signal.device) for name, signal in signals.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: the signals must be on one device, got {devices}")
     shortest = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
-    if clips[0].shape[1] < shortest:
-        raise ValueError(f"{op}: the signals must have at least {shortest} samples, got {shapes}")
+    if clips[0].shape[0] < 1 or clips[0].shape[1] < shortest:
+        raise ValueError(f"{op}: the signals must be at least one clip of {shortest} samples, got {shapes}")
     return clips
 
 
@@ -51,8 +58,6 @@ def mrstft_distance(estimate: Tensor, target: Tensor) -> Tensor:
         [B]. Zero, with a zero gradient, where both are equal.
     """
     x, y = _as_clips("mrstft_distance", estimate=estimate, target=target)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x, y = x.float(), y.float()
     distance = (x - y).abs().mean(1)
     for resolution in RESOLUTIONS:
         x_mag, y_mag = _magnitude(x, *resolution), _magnitude(y, *resolution)
@@ -139,11 +144,9 @@ def block_transfer_loss(
 ) -> Tensor:
     """Plain attention transfer, for comparison: the same loss on the blocks' outputs (or their maps)."""
     chosen = block_pairs(len(student), len(teacher), pairs)
-    return attention_transfer_loss(
-        [student[s] for s, _ in chosen], [teacher[t] for _, t in chosen], p=p, form=form
-    )
+    return attention_transfer_loss([student[s] for s, _ in chosen], [teacher[t] for _, t in chosen], p=p, form=form)
 
 
 def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Output distillation, for comparison: the mean over clips of `mrstft_distance` to the teacher's estimate (ours)."""
+    """Output distillation, for comparison (ours): the clips' mean `mrstft_distance` to the teacher's estimate."""
     return mrstft_distance(student, teacher.detach()).mean()

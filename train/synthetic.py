@@ -6,6 +6,7 @@ syllable rhythm and pauses. The generator needs numpy alone; `prepare_synthetic`
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from train.mixing import (
     NoiseSource,
     babble,
     coloured,
+    coloured_noises,
     level,
+    long_term_spectrum,
+    minutes_by_split,
     mix,
     speech_shaped,
     write_pairs,
@@ -170,10 +174,11 @@ def prepare_synthetic(
         progress: Show progress bars.
 
     Raises:
+        ValueError: A negative amount.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
     """
     out = Path(out)
-    minutes = {"train": train_minutes, "valid": valid_minutes, "test": test_minutes}
+    minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
     settings = {"source": "synthetic", "minutes": minutes, "seed": seed}
     done = manifest.check_folder(out, settings)
     if done:
@@ -197,16 +202,13 @@ def _utterances(rng: np.random.Generator, split: str) -> Iterator[tuple[str, np.
 
 
 def _noises(rng: np.random.Generator, split: str) -> dict[str, NoiseSource]:
-    """Coloured noise and babble of the training voices; for test, what no training noise is made of."""
-    voices = VOICES["valid" if split == "test" else "train"]
-    speech = [make_speech(rng, 4, voice(number)) for number in voices for _ in range(2)]
-    noises: dict[str, NoiseSource] = {"babble": lambda rng, frames: babble(rng, frames, speech)}
+    """Babble and coloured noise; for test, babble and noise shaped like voices that are not trained on."""
+    voices = VOICES["train" if split == "train" else "valid"]
+    speech = [make_speech(rng, 4, voice(number)) for number in voices]
+    noises: dict[str, NoiseSource] = {"babble": partial(babble, voices=speech)}
     if split == "test":
-        return noises | {"speech-shaped": lambda rng, frames: speech_shaped(rng, frames, np.concatenate(speech))}
-    return noises | {
-        name: lambda rng, frames, exponent=exponent: coloured(rng, frames, exponent)
-        for name, exponent in COLOURS.items()
-    }
+        return noises | {"speech-shaped": partial(speech_shaped, spectrum=long_term_spectrum(np.concatenate(speech)))}
+    return noises | coloured_noises()
 
 
 def _score(rng: np.random.Generator, frames: int, speaker: Voice) -> tuple[np.ndarray, ...]:
@@ -257,12 +259,15 @@ def _smooth(track: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def _formant_filter(frequencies: np.ndarray, formants: np.ndarray) -> np.ndarray:
     """Response [frames, bins] of four resonances in a row, with the glottis' fall of 6 dB an octave above 150 Hz."""
-    centres = formants[:, :, None]
-    resonances = centres**2 / (centres**2 - frequencies**2 + 1j * frequencies * _BANDWIDTHS[:, None])
-    return np.prod(resonances, axis=1) / (1 + 1j * frequencies / 150)
+    higher = 1 + (frequencies / 3500) ** 2  # stands for the formants above the fourth
+    response = np.tile((higher / (1 + 1j * frequencies / 150)).astype(np.complex64), (len(formants), 1))
+    squares = (formants.T**2).astype(np.float32)[:, :, None]
+    for centres, bandwidth in zip(squares, _BANDWIDTHS, strict=True):
+        response *= centres / (centres - np.complex64(frequencies**2 - 1j * frequencies * bandwidth))
+    return response
 
 
 def _blocks(samples: np.ndarray, frames: int) -> np.ndarray:
     """Windows [frames, 4 * hop] that start at every hop."""
     padded = np.pad(samples, (0, _WINDOW))
-    return np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[:: _HOP][:frames]
+    return np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP][:frames]

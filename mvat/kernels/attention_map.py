@@ -14,9 +14,10 @@ backward at the first size: 61 MB):
     [4, 960, 249]       0.10   0.22     0.05  0.09        0.21   0.86      0.80 1.1
     [1, 4, 249]         0.005  0.035    0.005 0.006       0.006  0.036     0.005 0.005
 
-Tried for the reference at the first size, p = 2: (x * x).sum(1) 22 + 41, x.square().sum(1) 27 + 68,
-linalg.vector_norm(x, dim=1).square() 33 + 47 (and 42 where C = 12), linalg.vecdot 28 + 51, einsum 61 + 138. Tried for the
-kernel's |x|^p: the C library's powf, 5 times slower than the polynomials of csrc/cpu/power.h.
+At p = 3, which PyTorch multiplies out, the kernel loses the forward pass on small features. Tried for the reference at
+the first size, p = 2: (x * x).sum(1) 22 + 41, x.square().sum(1) 27 + 68, linalg.vecdot 28 + 51, einsum 61 + 138,
+linalg.vector_norm(x, dim=1).square() 33 + 47 (and 42 + 3.5 at the second). Tried for the kernel's |x|^p: the C
+library's powf, 5 times slower than the polynomials of csrc/cpu/power.h.
 """
 
 import math
@@ -88,8 +89,7 @@ def _backward(ctx, grad):
 
 def _second_backward(ctx, grad):
     raise RuntimeError(
-        "attention_map: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
+        "attention_map: a second derivative is not supported by the fused kernel; use mvat.kernels.use_backend('eager')"
     )
 
 

@@ -6,10 +6,10 @@ For a pair of features or maps with Q(F)[b, t] = sum_c |F[b, c, t]|^p and N(Q) =
     form="code":   mean over (b, t) of  (N(Q_S) - N(Q_T))^2
 
 Zagoruyko & Komodakis ("Paying more attention to attention", ICLR 2017) state the first and published the second (whose
-mean over channels instead of the sum falls out of the normalisation). Source of the use on the three views: Shin et al.,
-"Multi-View Attention Transfer for Efficient Speech Enhancement", Interspeech 2022.
+mean over channels instead of the sum falls out of the normalisation). Source of the use on the three views: Shin et
+al., "Multi-View Attention Transfer for Efficient Speech Enhancement", Interspeech 2022.
 
-The distance is always taken between normalised maps, never as 2 - 2 <N_S, N_T>, which cancels when the student is close.
+The distance is always taken between normalised maps, never as 2 - 2 <N_S, N_T>, which cancels when both are close.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mvat.kernels.attention_map import attention_map, attention_map_reference
 from mvat.kernels.backend import not_written, register, use_fused
-from mvat.kernels.checks import check_features
+from mvat.kernels.checks import check_features, check_power
 
 register("attention_transfer_loss", not_written)
 
@@ -27,15 +27,15 @@ FORMS = ("paper", "code")
 REDUCTIONS = ("sum", "none")
 
 
-def _or_one(value: Tensor) -> Tensor:
-    """Zeros replaced by one, for a division that leaves zero where zero was."""
-    return torch.where(value == 0, torch.ones_like(value), value)
-
-
 def _normalised(q: Tensor) -> Tensor:
-    """q [B, T] over its 2-norm; silence stays zero. The norm is taken on q / max q, so that no square over- or underflows."""
-    q = q / _or_one(q.detach().abs().amax(1, keepdim=True))
-    return q / _or_one(torch.linalg.vector_norm(q, dim=1, keepdim=True))
+    """q [B, T] over its 2-norm. The norm is taken on q / max q, so that no square over- or underflows.
+
+    Silence is divided by infinity: it stays zero and gets a zero gradient.
+    """
+    largest = q.detach().abs().amax(1, keepdim=True)
+    q = q / largest.masked_fill(largest == 0, torch.inf)
+    norm = torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    return q / norm.masked_fill(norm == 0, torch.inf)
 
 
 def _pair_distance(q_student: Tensor, q_teacher: Tensor, form: str) -> Tensor:
@@ -51,10 +51,8 @@ def _pair_distance(q_student: Tensor, q_teacher: Tensor, form: str) -> Tensor:
     return each.sum() / max(each.numel(), 1)
 
 
-def _maps_distance(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], form: str, reduction: str
-) -> Tensor:
-    losses = [_pair_distance(s, t.detach(), form) for s, t in zip(student, teacher, strict=True)]
+def _maps_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], form: str, reduction: str) -> Tensor:
+    losses = [_pair_distance(s, t, form) for s, t in zip(student, teacher, strict=True)]
     return torch.stack(losses).sum() if reduction == "sum" else torch.stack(losses)
 
 
@@ -67,11 +65,11 @@ def attention_transfer_loss_reference(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, p: float = 2.0, form: str = "paper", reduction: str = "sum"
 ) -> Tensor:
     """`attention_transfer_loss` in plain PyTorch."""
-    maps = [
-        [attention_map_reference(f, p) if f.dim() == 3 else _as_float_map(f) for f in side]
-        for side in (student, [t.detach() for t in teacher])
+    student_maps = [attention_map_reference(f, p) if f.dim() == 3 else _as_float_map(f) for f in student]
+    teacher_maps = [
+        attention_map_reference(f.detach(), p) if f.dim() == 3 else _as_float_map(f.detach()) for f in teacher
     ]
-    return _maps_distance(*maps, form, reduction)
+    return _maps_distance(student_maps, teacher_maps, form, reduction)
 
 
 def _check_pairs(op: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -80,7 +78,7 @@ def _check_pairs(op: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) 
             raise TypeError(f"{op}: {name} must be a sequence of tensors, got {type(side).__name__}")
     if len(student) != len(teacher) or not len(student):
         raise ValueError(
-            f"{op}: student and teacher must be equally long and not empty, got {len(student)} and {len(teacher)} tensors"
+            f"{op}: student and teacher must be equally long, not empty, got {len(student)} and {len(teacher)} tensors"
         )
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         for name, f in ((f"student[{i}]", s), (f"teacher[{i}]", t)):
@@ -113,17 +111,16 @@ def attention_transfer_loss(
         The loss, float32 or float64. Only the student gets a gradient; silence (Q = 0) and equal maps give zero.
 
     Raises:
-        TypeError, ValueError: for a wrong type, dtype, shape, device, or an unknown form or reduction.
+        TypeError, ValueError: for a wrong type, dtype, shape, device or power, or an unknown form or reduction.
     """
     op = "attention_transfer_loss"
     if form not in FORMS:
         raise ValueError(f"{op}: form must be one of {', '.join(FORMS)}, got {form!r}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_power(op, p)
     _check_pairs(op, student, teacher)
     use_fused(op, student[0])
-    maps = [
-        [attention_map(f, p) if f.dim() == 3 else _as_float_map(f) for f in side]
-        for side in (student, [t.detach() for t in teacher])
-    ]
-    return _maps_distance(*maps, form, reduction)
+    student_maps = [attention_map(f, p) if f.dim() == 3 else _as_float_map(f) for f in student]
+    teacher_maps = [attention_map(f.detach(), p) if f.dim() == 3 else _as_float_map(f.detach()) for f in teacher]
+    return _maps_distance(student_maps, teacher_maps, form, reduction)

@@ -31,9 +31,7 @@ def channel_attention_reference(
     return x * gate[..., None]
 
 
-def channel_attention(
-    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
-) -> Tensor:
+def channel_attention(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
     """Scale every channel by a gate computed from its maximum and its mean over time.
 
     Args:
@@ -45,7 +43,7 @@ def channel_attention(
         [B, n, T]. A maximum sends its gradient to the first index that attains it.
 
     Raises:
-        TypeError, ValueError: for a wrong type, dtype, shape or device, or an empty time axis.
+        TypeError, ValueError: for a wrong type, dtype, shape or device, or an empty channel or time axis.
     """
     op = "channel_attention"
     check_features(op, "x", x, ("B", "n", "T"))
@@ -55,7 +53,7 @@ def channel_attention(
     check_parameter(op, "fc1_bias", fc1_bias, (hidden,), x)
     check_parameter(op, "fc2_weight", fc2_weight, (n, hidden), x)
     check_parameter(op, "fc2_bias", fc2_bias, (n,), x)
-    if x.shape[2] == 0:
-        raise ValueError(f"{op}: x must have at least one sample in time, got shape {list(x.shape)}")
+    if n == 0 or x.shape[2] == 0:
+        raise ValueError(f"{op}: x must have at least one channel and one sample in time, got shape {list(x.shape)}")
     use_fused(op, x)
     return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

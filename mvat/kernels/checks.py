@@ -1,5 +1,6 @@
 """Checks of what a caller hands to an op: one clear error that names what was given and what was expected."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,16 +17,38 @@ def check_features(op: str, name: str, x: object, dims: Sequence[str] = ("B", "C
         raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
 
 
-def check_parameter(op: str, name: str, value: object, shape: Sequence[int], x: Tensor) -> None:
-    """TypeError or ValueError unless `value` is a tensor of this shape on x's device and, outside autocast, of x's dtype."""
+def check_parameter(
+    op: str, name: str, value: object, shape: Sequence[int], x: Tensor, any_dtype: bool = False
+) -> None:
+    """TypeError or ValueError unless `value` is a tensor of this shape on x's device and of x's dtype.
+
+    Under autocast, or with any_dtype, the dtype is free.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if list(value.shape) != list(shape):
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(value.shape)}")
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on the input's device {x.device}, got {value.device}")
-    if value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if value.dtype == x.dtype or any_dtype:
+        return
+    # Autocast never casts float64.
+    if torch.float64 in (value.dtype, x.dtype) or not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{op}: {name} must have the input's dtype {x.dtype}, got {value.dtype} (outside autocast)")
+
+
+def check_power(op: str, p: object) -> None:
+    """TypeError unless p is a number, ValueError unless it is finite and at least 1."""
+    if not isinstance(p, int | float):
+        raise TypeError(f"{op}: p must be a number, got {type(p).__name__}")
+    if not 1 <= p < math.inf:
+        raise ValueError(f"{op}: p must be finite and at least 1, got {p}")
+
+
+def check_integer(op: str, name: str, value: object, least: int) -> None:
+    """ValueError unless value is an integer of at least `least`."""
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_segment_len(op: str, segment_len: object) -> None:

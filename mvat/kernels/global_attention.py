@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels.backend import not_written, register, use_fused
-from mvat.kernels.checks import check_features, check_parameter, check_segment_len
+from mvat.kernels.checks import check_features, check_integer, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
 
 register("global_attention", not_written)
@@ -59,8 +59,7 @@ def global_attention(
     op = "global_attention"
     check_features(op, "x", x, ("B", "n", "T"))
     check_segment_len(op, segment_len)
-    if not isinstance(heads, int) or heads < 1:
-        raise ValueError(f"{op}: heads must be a positive integer, got {heads!r}")
+    check_integer(op, "heads", heads, 1)
     width = segment_len * heads * heads
     for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v)):
         check_parameter(op, name, weight, (width, segment_len), x)

@@ -1,7 +1,7 @@
 """The local view of a multi-view block: a mask over time from a depthwise convolution inside each chunk.
 
-For every chunk z [n, C] (see `mvat.kernels.chunks`), with * the convolution of kernel 31 along the chunk, zero padded at
-the chunk's own ends, and + a convolution of kernel 7,
+For every chunk z [n, C] (see `mvat.kernels.chunks`), with * the convolution of kernel 31 along the chunk, zero padded
+at the chunk's own ends, and + a convolution of kernel 7,
 
     u = silu(norm1(depthwise_weight * z))          [n, C], norm1 over batch, chunks and positions
     a = sigmoid(norm2(conv_weight + [max_n u, mean_n u]))          [C]

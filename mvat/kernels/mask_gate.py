@@ -71,6 +71,4 @@ def mask_gate(
     if shortcut is not None:
         check_parameter(op, "shortcut", shortcut, (batch, out, length), x)
     use_fused(op, x)
-    return mask_gate_reference(
-        x, tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias, shortcut
-    )
+    return mask_gate_reference(x, tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias, shortcut)

@@ -24,12 +24,17 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.BatchNorm1d) -> "Norm":
-        """The norm of a module, counting the batch when the module is in training mode."""
-        if module.training:
+        """The norm of a module that tracks its statistics, counting the batch when the module is in training mode.
+
+        Raises:
+            ValueError: for a module without affine parameters, running statistics or momentum.
+        """
+        mean, var, momentum = module.running_mean, module.running_var, module.momentum
+        if mean is None or var is None or momentum is None or module.weight is None:
+            raise ValueError(f"a norm needs affine parameters, running statistics and a momentum, got {module}")
+        if module.training and module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
-        return cls(
-            module.weight, module.bias, module.running_mean, module.running_var, module.momentum, module.eps
-        )
+        return cls(module.weight, module.bias, mean, var, momentum, module.eps)
 
 
 def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor) -> None:
@@ -40,7 +45,7 @@ def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor) -> No
         check_parameter(op, f"{name}.{field}", value, (channels,), x)
     for field, value in zip(Norm._fields[2:4], norm[2:4], strict=True):
         # The statistics stay float32 where the parameters are half precision, so their dtype is their own.
-        check_parameter(op, f"{name}.{field}", value, (channels,), value if isinstance(value, Tensor) else x)
+        check_parameter(op, f"{name}.{field}", value, (channels,), x, any_dtype=True)
 
 
 def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:

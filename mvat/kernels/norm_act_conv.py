@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels.backend import not_written, register, use_fused
-from mvat.kernels.checks import check_features, check_parameter
+from mvat.kernels.checks import check_features, check_integer, check_parameter
 from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
 
 register("norm_act_conv", not_written)
@@ -84,7 +84,7 @@ def norm_act_reference(
 
 def _check_activation(op: str, activation: object, channels: int) -> int:
     """The number of channels after the activation; ValueError for an unknown one or an odd number under GLU."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if activation != "glu":
         return channels
@@ -126,16 +126,25 @@ def norm_act_conv(
     op = "norm_act_conv"
     check_features(op, "x", x)
     channels = _check_activation(op, activation, x.shape[1])
-    if not isinstance(weight, Tensor) or weight.dim() != 3:
-        given = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"{op}: weight must be a tensor of three dimensions, got {given}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("groups", groups, 1)):
+        check_integer(op, name, value, least)
+    check_features(op, "weight", weight, ("in", "out / groups", "K") if transposed else ("out", "in / groups", "K"))
+    kernel = weight.shape[2]
     if transposed:
-        expected = (channels, weight.shape[1], weight.shape[2])
+        expected = (channels, weight.shape[1], kernel)
         out = weight.shape[1] * groups
+        length = (x.shape[2] - 1) * stride + kernel - 2 * padding
     else:
-        expected = (weight.shape[0], channels // groups, weight.shape[2])
+        expected = (weight.shape[0], channels // groups, kernel)
         out = weight.shape[0]
+        length = x.shape[2] + 2 * padding - kernel + 1
     check_parameter(op, "weight", weight, expected, x)
+    if channels % groups or out % groups:
+        raise ValueError(f"{op}: groups must divide {channels} channels in and {out} out, got {groups}")
+    if kernel < 1 or length < 1:
+        raise ValueError(
+            f"{op}: x {list(x.shape)} is too short for weight {list(weight.shape)}, stride {stride}, padding {padding}"
+        )
     if bias is not None:
         check_parameter(op, "bias", bias, (out,), x)
     if norm is not None:
@@ -189,6 +198,4 @@ def norm_act(
     if shortcut_norm is not None:
         check_norm(op, "shortcut_norm", shortcut_norm, x.shape[1], x)
     use_fused("norm_act_conv", x)
-    return norm_act_reference(
-        x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training
-    )
+    return norm_act_reference(x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training)

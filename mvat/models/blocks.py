@@ -75,7 +75,7 @@ def _conv_norm(in_channels: int, out_channels: int, kernel_size: int = 1, groups
 
 
 class ResCon(nn.Module):
-    """The residual Conformer block [B, a, T] -> [B, b, T]: 1x1 GLU, depthwise 31 SiLU, 1x1 SiLU, 1x1, shortcut, ReLU."""
+    """The residual Conformer block [B, a, T] -> [B, b, T]: 1x1 GLU, depthwise SiLU, 1x1 SiLU, 1x1, shortcut, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,11 +66,10 @@ class MannerBlock(nn.Module):
         attention_layers: str,
     ) -> None:
         super().__init__()
-        self.in_conv = nn.Sequential(
-            nn.Conv1d(in_channels, hidden, 3, padding=1), nn.BatchNorm1d(hidden), nn.ReLU()
-        )
+        self.in_conv = nn.Sequential(nn.Conv1d(in_channels, hidden, 3, padding=1), nn.BatchNorm1d(hidden), nn.ReLU())
         self.out_conv = nn.Sequential(nn.Conv1d(hidden, out_channels, 3, padding=1))
-        encoders, decoders = [], []
+        encoders: list[Encoder] = []
+        decoders: list[Decoder] = []
         for level in range(depth):
             channels = hidden * 2**level
             attends = attention_layers == "all" or level == depth - 1
@@ -86,9 +84,7 @@ class MannerBlock(nn.Module):
 
         self.attention_blocks = sum(layer.attn_block is not None for layer in (*encoders, *decoders))
 
-    def _attend(
-        self, block: MultiView | None, x: Tensor, want: str, p: float, collected: list[Any]
-    ) -> Tensor | None:
+    def _attend(self, block: MultiView | None, x: Tensor, want: str, p: float, collected: list[Any]) -> Tensor | None:
         """The block's output; what is wanted of it goes to `collected`. None when nothing after it is needed."""
         if block is None:
             return x
@@ -155,7 +151,8 @@ class Manner(nn.Module):
 
     Args:
         in_channels, out_channels: audio channels.
-        hidden: channels of the outermost level, doubled at every deeper one; at least 6 where it carries attention.
+        hidden: channels of the outermost level, doubled at every deeper one; at least 2, at least 6 where they
+            carry attention.
         depth: number of encoders and of decoders.
         kernel_size, stride: of the down and up convolutions; 1 <= stride <= kernel_size.
         growth: factor of channels from level to level; only 2 exists.
@@ -224,7 +221,7 @@ class Manner(nn.Module):
         try:
             model = cls(**config)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{origin}: not a configuration of Manner: {error}") from None
+            raise ValueError(f"{origin}: the configuration does not fit Manner: {error}") from None
         pretrained.load_strictly(model, state, origin)
         return model.eval()
 
@@ -265,7 +262,8 @@ class Manner(nn.Module):
         want = "views" if return_views else "maps" if return_maps else "blocks" if return_blocks else ""
         length = x.shape[2]
         # The standard deviation of a single sample is not defined; it is taken as silence.
-        scale = x.mean(1, keepdim=True).std(2, keepdim=True) if length > 1 else x.new_zeros(x.shape[0], 1, 1)
+        defined = length > 1 and x.shape[0] > 0
+        scale = x.mean(1, keepdim=True).std(2, keepdim=True) if defined else x.new_zeros(x.shape[0], 1, 1)
         x = x / (1e-3 + scale)
         c = self.config
         x = F.pad(x, (0, valid_length(length, c["depth"], c["kernel_size"], c["stride"]) - length))
@@ -287,6 +285,8 @@ def _check_config(config: dict[str, Any]) -> None:
     check_segment_len("Manner", config["segment_len"])
     if config["attention_layers"] not in ("all", "deepest"):
         raise ValueError(f'attention_layers must be "all" or "deepest", got {config["attention_layers"]!r}')
+    if config["hidden"] < 2:
+        raise ValueError("hidden must be at least 2, got 1: a convolution's weights are rescaled by their deviation")
     narrowest = config["hidden"] * (1 if config["attention_layers"] == "all" else 2 ** (config["depth"] - 1))
     if narrowest < 6:
         raise ValueError(f"an attention block needs at least 6 channels, got hidden = {config['hidden']}")

@@ -70,24 +70,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        if zip_like(path) and "Weights only load failed" in reason:
-            reason = "it holds Python objects other than tensors and plain values"
+    except pickle.UnpicklingError:  # whose own text recommends the unsafe way out
+        reason = "it is damaged or holds Python objects other than tensors and plain values"
         raise ValueError(f"{path}: refused to load the checkpoint: {reason}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # torch.load raises many types for a cut or foreign file
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__} instead of a dictionary")
     return content
-
-
-def zip_like(path: str | Path) -> bool:
-    """Whether the file starts as PyTorch's zip format does."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -108,20 +101,20 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         state = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
-    return dict(config), state, str(weights)
+    return dict(config), state, str(folder)
 
 
 def _load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     content = read_checkpoint(path)
     state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f'{path}: not a checkpoint of a model: it has no "state_dict" of tensors')
     config = content.get("model_config")
     return (dict(config) if isinstance(config, dict) else _infer_config(state, path)), state, str(path)
 
 
 def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The architecture of an official checkpoint, read off its weights; the stride, which leaves no trace, is half the kernel."""
+    """The architecture of an official checkpoint, read off its weights; the stride leaves no trace: half the kernel."""
     block = "manner_block."
     try:
         depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith(block + "encoder."))
@@ -140,13 +133,14 @@ def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             "segment_len": query.shape[1],
             "attention_layers": "all" if everywhere else "deepest",
         }
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
         raise ValueError(f"{path}: the weights are not those of a MANNER network") from None
 
 
 def _download(name: str | Path) -> Path:
-    # A path that does not exist looks like a hub name only with one slash at most.
-    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")):
+    # A path that does not exist looks like a hub name only with one slash at most and no file's ending.
+    is_file = str(name).endswith((".pt", ".pth", ".safetensors"))
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "/", "~")) or is_file:
         raise FileNotFoundError(f"{name} does not exist")
     try:
         from huggingface_hub import snapshot_download

@@ -1,0 +1,307 @@
+"""The command `mvat`: info, enhance, doctor.
+
+Exit status: 0 all done, 1 some files of many failed (or the extension is broken), 2 something that the user must mend.
+PyTorch and the audio packages are imported by the commands that need them, so that --help is quick.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from mvat import __version__
+
+if TYPE_CHECKING:
+    from mvat.models import Manner
+
+SUFFIXES = (".wav", ".flac")
+#: Sample formats whose length is exact; a file of another one (ADPCM and the like) is written as 16 bit.
+_EXACT = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+_NEED_A_MODEL = (
+    "no model is given and none is shipped: --checkpoint PATH takes a trained one (`make demo` in mvat's source "
+    "folder trains one in minutes, `python -m train.teacher --help` tells how to train on your own data)"
+)
+_EPILOG = """\
+examples:
+  mvat enhance noisy.wav -o enhanced.wav --checkpoint runs/demo/student
+  mvat enhance recordings/ more/a.flac -o enhanced/ --checkpoint best.pt --device cuda
+  mvat info --preset s-8.1gf --seconds 10
+  mvat doctor
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors become the one line of `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+class Job(NamedTuple):
+    """A file to enhance and the file to write."""
+
+    source: Path
+    target: Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default the process's own) and give its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("mvat: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"mvat: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mvat",
+        description="Speech enhancement with multi-view attention.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mvat {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="info|enhance|doctor")
+
+    info = commands.add_parser("info", allow_abbrev=False, help="the presets and what they cost")
+    info.add_argument("--preset", metavar="NAME", help="this one only")
+    info.add_argument("--seconds", type=_seconds, default=4.0, help="length of the audio (default: 4)")
+    info.set_defaults(run=_info)
+
+    enhance = commands.add_parser(
+        "enhance",
+        allow_abbrev=False,
+        help="remove the noise from recordings",
+        description="Remove the noise from .wav and .flac files of any sample rate and number of channels; rate, "
+        "channels, length and sample format are kept. Folders are searched with all their subfolders.",
+    )
+    enhance.add_argument("inputs", nargs="+", metavar="FILE|DIR")
+    enhance.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        help="for a single file the file to write (.wav or .flac) or a folder, else a folder; made where missing",
+    )
+    model = enhance.add_mutually_exclusive_group()
+    model.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a model's folder, a run folder, a .pt or .pth file, or a name on the Hugging Face hub",
+    )
+    model.add_argument("--preset", metavar="NAME", help="untrained weights, for timing and trying the plumbing only")
+    enhance.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
+    enhance.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
+    enhance.set_defaults(run=_enhance)
+
+    doctor = commands.add_parser("doctor", allow_abbrev=False, help="what is installed, what runs where and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1e-4 <= seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"must be a number between 0.0001 and 1000000, got {text!r}")
+    return seconds
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from mvat.models import PRESETS, Manner, count_flops, count_parameters
+
+    names = list(PRESETS) if arguments.preset is None else [arguments.preset]
+    cost = f"GFLOPs on {arguments.seconds:g} s"
+    lines = [f"{'preset':9} {'hidden':>6}  {'attention':9} {'parameters (M)':>14}  {cost}"]
+    for name in names:
+        with torch.device("meta"):
+            model = Manner.from_preset(name)
+        gflops = count_flops(model.config, arguments.seconds) / 1e9
+        hidden, layers = model.config["hidden"], model.config["attention_layers"]
+        lines.append(f"{name:9} {hidden:6}  {layers:9} {count_parameters(model) / 1e6:14.3f}  {gflops:{len(cost)}.2f}")
+    print("\n".join(lines))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mvat.doctor import report
+
+    text, well = report()
+    print(text)
+    return 0 if well else 1
+
+
+def _enhance(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from mvat.audio import require
+
+    require("soundfile")
+    jobs, failures = plan(arguments.inputs, arguments.out, arguments.overwrite)
+    count = len(jobs) + len(failures)
+    if jobs:
+        model = _model(arguments)
+        _make_folder(Path(os.path.commonpath([job.target.parent for job in jobs])))
+    for job in tqdm(jobs, desc="enhancing", unit="file", disable=None):
+        try:
+            _enhance_file(job, model)
+        # An unreadable file, a full disk, out of memory: the other files go on.
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            reason = _one_line(error) or type(error).__name__
+            failures.append(reason if str(job.source) in reason else f"{job.source}: {reason}")
+
+    if len(failures) == count == 1:
+        raise ValueError(failures[0])
+    if failures:
+        print(f"mvat: {len(failures)} of {count} files could not be enhanced:", file=sys.stderr)
+        print("\n".join(f"  {reason}" for reason in failures), file=sys.stderr)
+        if len(failures) == count:
+            raise ValueError("no file was enhanced")
+    print(f"enhanced {count - len(failures)} of {count} files into {arguments.out}")
+    return 1 if failures else 0
+
+
+def plan(inputs: Sequence[str], out: str, overwrite: bool = False) -> tuple[list[Job], list[str]]:
+    """Decide what is read and what is written, before anything is.
+
+    Args:
+        inputs: Files, and folders to search for .wav and .flac files.
+        out: The file to write if `inputs` is a single file and `out` has a suffix and is no folder; else a folder, in
+            which files keep their names and, from a folder, their relative paths.
+        overwrite: Whether an output may exist.
+
+    Returns:
+        The jobs, and one line "<path>: <reason>" for every input that cannot be one.
+
+    Raises:
+        ValueError: Two inputs have one output, an output is an input, or `out` is a file where a folder is needed.
+    """
+    target = Path(out)
+    if len(inputs) == 1 and not os.path.isdir(inputs[0]):
+        into_folder = target.is_dir() or not target.suffix or out.endswith(os.sep)
+    elif target.suffix.lower() in SUFFIXES or target.is_file():
+        raise ValueError(f"{out}: several inputs need a folder to write to, not a file")
+    else:
+        into_folder = True
+
+    jobs: list[Job] = []
+    failures: list[str] = []
+    for name in inputs:
+        source = Path(name)
+        if source.is_dir():
+            found = _recordings(source, target)
+            jobs += [Job(path, target / path.relative_to(source)) for path in found]
+            if not found:
+                failures.append(f"{name}: the folder holds no {' or '.join(SUFFIXES)} file")
+        elif source.is_file():
+            jobs.append(Job(source, target / source.name if into_folder else target))
+        else:
+            failures.append(f"{name}: {'is no regular file' if source.exists() else 'no such file or folder'}")
+    _refuse_clashes(jobs)
+
+    possible = []
+    for job in jobs:
+        if job.target.suffix.lower() not in SUFFIXES:
+            failures.append(f"{job.source}: cannot write {job.target}, only {' and '.join(SUFFIXES)} files")
+        elif job.target.is_dir():
+            failures.append(f"{job.source}: the output {job.target} is a folder")
+        elif os.path.lexists(job.target) and not overwrite:
+            failures.append(f"{job.source}: the output {job.target} exists; --overwrite replaces it")
+        else:
+            possible.append(job)
+    return possible, failures
+
+
+def _recordings(folder: Path, out: Path) -> list[Path]:
+    """The audio files below a folder, in order: no hidden ones, no former results where `out` lies below it too."""
+    root, results = folder.resolve(), out.resolve()
+    nested = results != root and results.is_relative_to(root)
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+        and not (nested and path.resolve().is_relative_to(results))
+    ]
+
+
+def _refuse_clashes(jobs: Sequence[Job]) -> None:
+    writers: dict[Path, Path] = {}
+    sources = {(status.st_dev, status.st_ino) for status in (os.stat(job.source) for job in jobs)}
+    for job in jobs:
+        other = writers.setdefault(job.target.resolve(), job.source)
+        if other is not job.source:
+            raise ValueError(f"{other} and {job.source} would both be written to {job.target}")
+        if job.target.exists():
+            status = os.stat(job.target)
+            if (status.st_dev, status.st_ino) in sources:
+                raise ValueError(f"{job.target} is an input and would be overwritten; choose another --out")
+
+
+def _model(arguments: argparse.Namespace) -> "Manner":
+    import torch
+
+    from mvat.models import Manner
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here (see `mvat doctor`)")
+    if arguments.checkpoint is not None:
+        best = Path(arguments.checkpoint) / "best.pt"
+        model = Manner.from_pretrained(best if best.is_file() else arguments.checkpoint)
+    elif arguments.preset is not None:
+        model = Manner.from_preset(arguments.preset).eval()
+        print(
+            f"mvat: warning: --preset {arguments.preset} has untrained weights: for timing and trying the plumbing "
+            "only, no speech is enhanced",
+            file=sys.stderr,
+        )
+    else:
+        raise ValueError(_NEED_A_MODEL)
+    return model.to("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: this folder cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}: this folder cannot be written to")
+
+
+def _enhance_file(job: Job, model: "Manner") -> None:
+    from mvat import audio
+    from mvat.inference import enhance
+
+    samples, rate = audio.read(job.source)
+    subtype = _subtype(audio.info(job.source).subtype, job.target)
+    enhanced = enhance(samples, model, rate)
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    audio.write(job.target, enhanced, rate, subtype)
+
+
+def _subtype(subtype: str, target: Path) -> str:
+    """The sample format of the output: the input's, or the nearest that the output's container holds."""
+    from mvat.audio import require
+
+    if subtype in _EXACT and require("soundfile").check_format(target.suffix[1:].upper(), subtype):
+        return subtype
+    return "PCM_24" if subtype in ("PCM_32", "FLOAT", "DOUBLE") else "PCM_16"
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split())

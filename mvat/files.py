@@ -1,0 +1,30 @@
+"""Writing files so that a failure leaves the former ones whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on leaving, it is flushed to disk and takes the name `path`.
+
+    If the body raises, the temporary file is removed and `path` stays as it was. The temporary name keeps the suffix,
+    by which some writers choose a format.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file as `replacing` does."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Checkpoints of a training run: written whole or not at all, read without running code.
+
+A file is a dictionary of tensors and plain values with format, model_config, state_dict, optimizer, scheduler, epoch
+(finished ones), step, best, history, config (resolved) and random (the generators' states), so that
+`mvat.models.Manner.from_pretrained` reads it too.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvat.files import replacing
+from mvat.models.pretrained import read_checkpoint
+
+FORMAT = "mvat-checkpoint-1"
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write the checkpoint; OSError leaves the former one as it was."""
+    with replacing(path) as part:
+        torch.save({"format": FORMAT, **content}, part)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote; ValueError names the file and the reason."""
+    content = read_checkpoint(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of a training run (format {content.get('format')!r})")
+    return content
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all generators, as plain values and tensors."""
+    generator: Any = np.random.get_state(legacy=False)
+    generator["state"]["key"] = generator["state"]["key"].tolist()
+    states = {"python": random.getstate(), "numpy": generator, "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set all generators to states that `random_states` gave."""
+    random.setstate(states["python"])
+    generator = states["numpy"]
+    generator["state"]["key"] = np.array(generator["state"]["key"], np.uint32)
+    np.random.set_state(generator)
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,106 @@
+"""The command lines of training: a typed configuration from YAML and options, and one run from it."""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvat.models import PRESETS, Manner
+from train import manifest
+from train.config import ModelConfig, RunConfig
+from train.data import FilePairs
+from train.manifest import Entry
+from train.solver import Solver
+
+
+def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
+    """The configuration of a run, from options and --config files, the later ones winning.
+
+    Raises:
+        ValueError: for a wrong key or value, in one line.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file of the options below")
+    parser.add_class_arguments(RunConfig)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
+    """Parse and train; 0 when the run is finished, 2 with one line for what the user must mend."""
+    try:
+        run(parse(argv, description), kind)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    """Train as configured, "teacher" or "student"; returns the history."""
+    config = dataclasses.replace(config, model=_resolved(config.model))
+    data = manifest.load(config.data.path)
+    train, valid = split(data, config.data.valid_speakers, config.data.valid_limit)
+    teacher = None
+    if config.transfer.method != "none":
+        if config.transfer.teacher is None:
+            raise ValueError(f'transfer.method "{config.transfer.method}" needs transfer.teacher')
+        teacher = Manner.from_pretrained(config.transfer.teacher)
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    model = Manner(**config.model.arguments)
+    return Solver(config, model, teacher, _file_pairs(train), _file_pairs(valid), kind).fit()
+
+
+def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) -> tuple[list[Entry], list[Entry]]:
+    """Training and validation entries: the manifest's own, or the named speakers taken out of training.
+
+    Raises:
+        ValueError: if there is no validation set and no speaker is named, a named speaker does not exist, or a set
+            comes out empty.
+    """
+    train, valid = list(data.train), list(data.valid)
+    if valid_speakers:
+        unknown = set(valid_speakers) - {entry.speaker for entry in train}
+        if unknown:
+            raise ValueError(f"{data.path}: data.valid_speakers not in the training set: {', '.join(sorted(unknown))}")
+        valid += [entry for entry in train if entry.speaker in valid_speakers]
+        train = [entry for entry in train if entry.speaker not in valid_speakers]
+    if not valid:
+        raise ValueError(f"{data.path}: has no validation set; name data.valid_speakers")
+    if not train:
+        raise ValueError(f"{data.path}: data.valid_speakers leaves nothing to train on")
+    if 0 < limit < len(valid):
+        valid = [valid[i * len(valid) // limit] for i in range(limit)]
+    return train, valid
+
+
+def _resolved(model: ModelConfig) -> ModelConfig:
+    """All arguments spelt out, so that a run's configuration does not change with a preset."""
+    if model.preset is not None and model.preset not in PRESETS:
+        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {model.preset!r}")
+    arguments = {**(PRESETS[model.preset] if model.preset else {}), **model.arguments}
+    if not arguments:
+        raise ValueError("name model.preset, or model.arguments")
+    with torch.device("meta"):
+        try:
+            return ModelConfig(model.preset, Manner(**arguments).config)
+        except TypeError as error:
+            raise ValueError(f"model.arguments: {error}") from None
+
+
+def _file_pairs(entries: Sequence[Entry]) -> FilePairs:
+    return FilePairs([(e.name, e.clean, e.noisy, e.frames) for e in entries])

@@ -1,0 +1,148 @@
+"""The configuration of a training run: typed, filled from YAML and the command line by `train.command`."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """What is trained.
+
+    Args:
+        preset: a name of mvat.models.PRESETS, or None.
+        arguments: arguments of mvat.models.Manner, over those of the preset.
+    """
+
+    preset: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """What it is trained on.
+
+    Args:
+        path: a folder made by `python -m train.prepare`, with its manifest.json.
+        valid_speakers: speakers taken out of the training set for validation, where the manifest has no validation set.
+        segment_seconds: length of a training example.
+        stride_seconds: hop between the examples of one recording.
+        tempo: lowest and highest tempo of the clean track; [1, 1] leaves it as it is.
+        tempo_share: share of the examples whose tempo is changed.
+        valid_limit: validate on this many recordings, spread evenly over the set; 0 takes all.
+        workers: processes that read ahead.
+    """
+
+    path: str
+    valid_speakers: list[str] = field(default_factory=list)
+    segment_seconds: float = 4.0
+    stride_seconds: float = 1.0
+    tempo: tuple[float, float] = (0.9, 1.1)
+    tempo_share: float = 0.5
+    valid_limit: int = 0
+    workers: int = 2
+
+
+@dataclass
+class OptimConfig:
+    """How it is trained: Adam under a one-cycle schedule stepped by batch.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: examples a step and process.
+        lr: the schedule's highest learning rate.
+        accumulate: steps whose gradients are added up before the optimiser moves.
+        precision: "no" for float32, "bf16" or "fp16" for mixed precision.
+    """
+
+    epochs: int = 350
+    batch_size: int = 4
+    lr: float = 1e-3
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+@dataclass
+class ValidConfig:
+    """When and how it is validated.
+
+    Args:
+        every: epochs between validations; the last epoch is always validated.
+        metrics: names of mvat.metrics.METRICS to compute.
+        select: the score whose best value marks the best checkpoint, or "loss".
+    """
+
+    every: int = 1
+    metrics: list[str] = field(default_factory=lambda: ["pesq_wb", "stoi", "si_sdr"])
+    select: str = "pesq_wb"
+
+
+@dataclass
+class TransferConfig:
+    """What the student learns from the teacher.
+
+    Args:
+        method: "mvat" (maps of the three views), "attention" (maps of the blocks' outputs), "output" (the teacher's
+            estimate) or "none" (the student alone).
+        teacher: the teacher's weights, whatever Manner.from_pretrained takes; not needed for "none".
+        weight: beta, the factor of the transfer loss.
+        pairs: [student block, teacher block] indices in execution order; None pairs all in order.
+        views: which of "channel", "global_", "local" are transferred.
+        p: the power of the maps.
+        form: "paper" or "code", see mvat.kernels.attention_transfer_loss.
+    """
+
+    method: Literal["none", "mvat", "output", "attention"] = "none"
+    teacher: str | None = None
+    weight: float = 0.1
+    pairs: list[tuple[int, int]] | None = None
+    views: list[str] = field(default_factory=lambda: ["channel", "global_", "local"])
+    p: float = 2.0
+    form: Literal["paper", "code"] = "paper"
+
+
+@dataclass
+class RunConfig:
+    """A training run.
+
+    Args:
+        out: the run's folder; the same command goes on where a former one stopped.
+        model: what is trained.
+        data: what it is trained on.
+        optim: how it is trained.
+        valid: how it is validated.
+        transfer: what it learns from a teacher.
+        seed: of the initial weights, the order of the data and its augmentation.
+        label: the run's name in tables and reports; by default the folder's name.
+    """
+
+    out: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    valid: ValidConfig = field(default_factory=ValidConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    seed: int = 0
+    label: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and values, as config.yaml and the checkpoints hold them."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys that two resolved configurations disagree in, as "optim.lr: 0.001 and 0.002"."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} and {b}")
+    return found

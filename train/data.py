@@ -1,0 +1,144 @@
+"""Training examples: segments of pairs of clean and noisy recordings, in an order fixed by seed and epoch."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from train.tempo import change_tempo
+
+SAMPLE_RATE = 16_000
+
+
+class Pair(NamedTuple):
+    """A clean recording and its noisy version, float32 [T] each, 16 kHz."""
+
+    clean: np.ndarray
+    noisy: np.ndarray
+
+
+class Pairs(Protocol):
+    """A set of pairs that can be read in part."""
+
+    names: list[str]
+    frames: list[int]
+
+    def read(self, index: int, start: int = 0, frames: int = -1) -> Pair:
+        """Samples start .. start + frames of one pair; frames = -1 reads to the end."""
+
+
+class ArrayPairs:
+    """Pairs held in memory, as (name, clean, noisy)."""
+
+    def __init__(self, pairs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+        self._pairs = [Pair(clean, noisy) for _, clean, noisy in pairs]
+        self.names = [name for name, _, _ in pairs]
+        self.frames = [len(pair.clean) for pair in self._pairs]
+
+    def read(self, index: int, start: int = 0, frames: int = -1) -> Pair:
+        end = None if frames < 0 else start + frames
+        return Pair(*(track[start:end] for track in self._pairs[index]))
+
+
+class FilePairs:
+    """Pairs in files, as (name, clean path, noisy path, frames); parts are read without decoding the whole."""
+
+    def __init__(self, entries: Sequence[tuple[str, Path, Path, int]]) -> None:
+        self._paths = [(clean, noisy) for _, clean, noisy, _ in entries]
+        self.names = [name for name, _, _, _ in entries]
+        self.frames = [frames for _, _, _, frames in entries]
+
+    def read(self, index: int, start: int = 0, frames: int = -1) -> Pair:
+        from mvat import audio
+
+        tracks = []
+        for path in self._paths[index]:
+            samples, rate = audio.read(path, start, frames)
+            if rate != SAMPLE_RATE or samples.shape[0] != 1:
+                raise audio.AudioError(
+                    f"{path}: expected {SAMPLE_RATE} Hz mono, got {rate} Hz, {samples.shape[0]} channels"
+                )
+            tracks.append(samples[0])
+        return Pair(*tracks)
+
+
+class Segments(Dataset):
+    """Training examples of one length. An item is asked for as (epoch, index) and is a function of these and the seed.
+
+    A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one; what is missing at its end is
+    filled with zeros. For a share of the segments the tempo of the clean track is changed and the noise added again.
+
+    Args:
+        pairs: the recordings.
+        length, stride: in samples.
+        tempo: lowest and highest tempo.
+        tempo_share: share of the segments whose tempo is changed.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        length: int,
+        stride: int,
+        tempo: tuple[float, float] = (1.0, 1.0),
+        tempo_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        if length < 1 or stride < 1:
+            raise ValueError(f"segments need a positive length and stride, got {length} and {stride} samples")
+        if not 0 < tempo[0] <= tempo[1]:
+            raise ValueError(f"tempo must be a positive range, lowest first, got {tempo}")
+        self.pairs, self.length, self.tempo, self.seed = pairs, length, tempo, seed
+        self.tempo_share = 0.0 if tempo[0] == tempo[1] == 1 else tempo_share
+        self._places = [
+            (i, k * stride)
+            for i, frames in enumerate(pairs.frames)
+            for k in range(max(math.ceil((frames - length) / stride), 0) + 1)
+        ]
+        if not self._places:
+            raise ValueError("there are no recordings to train on")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(clean, noisy), each [1, length], float32."""
+        epoch, index = item
+        recording, start = self._places[index]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        changed = rng.random() < self.tempo_share
+        tempo = rng.uniform(*self.tempo) if changed else 1.0
+        available = self.pairs.frames[recording] - start
+        clean, noisy = self.pairs.read(recording, start, min(math.ceil(self.length * max(tempo, 1)), available))
+        if changed:
+            noise = (noisy - clean)[: self.length]
+            clean = change_tempo(clean, tempo)[: self.length]
+            # A slower clean track is longer than its noise, which then starts over.
+            noise = np.resize(noise, clean.shape)
+            noisy = clean + noise
+        return self._tensor(clean), self._tensor(noisy)
+
+    def _tensor(self, samples: np.ndarray) -> torch.Tensor:
+        padded = np.zeros((1, self.length), np.float32)
+        samples = samples[: self.length]
+        padded[0, : len(samples)] = samples
+        return torch.from_numpy(padded)
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) of every example, in an order given by seed and epoch alone."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return iter([(self.epoch, int(i)) for i in order])

@@ -1,0 +1,18 @@
+"""Train a student with a teacher: `python -m train.distill --config train/configs/voicebank_mvat.yaml`.
+
+transfer.method "none" trains the student alone, to compare with.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from train import command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see `--help` for the options."""
+    return command.main(argv, "Train a student: with a teacher's attention maps, its output, or alone.", "student")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

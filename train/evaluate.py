@@ -1,0 +1,245 @@
+"""Enhance and score a set of recordings: python -m train.evaluate --data DATA --checkpoint RUN/best.pt --out RUN
+
+Writes ``enhanced/*.wav`` (16 bit; they are what is scored), ``scores.json`` and ``scores.csv`` into the run folder, and
+prints the means beside those of the noisy input. ``--noisy`` scores that input itself; the others find it where
+``--out`` is ``<experiment>/noisy``. Exit status: 0 all scored, 1 some recordings could not be, 2 nothing could.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import mvat
+from mvat import audio
+from mvat.metrics import ALL, METRICS, Failure, Scores, score_files
+from mvat.models import Manner, count_flops, count_parameters
+from train import manifest
+
+SCORES_FORMAT = "mvat-scores-1"
+HISTORY_FORMAT = "mvat-history-1"
+DESCRIPTION = ("label", "kind", "method", "seed", "parameters", "gflops")
+
+
+class RecordError(ValueError):
+    """A JSON file of a run that cannot be used; the message names the file and the reason."""
+
+
+def read_record(path: Path, format: str) -> dict[str, Any]:
+    """Reads a JSON file of a run.
+
+    Args:
+        path: history.json or scores.json.
+        format: What its key "format" must say.
+
+    Raises:
+        RecordError: It is no JSON, or of another format.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(record, dict) or record.get("format") != format:
+        raise RecordError(f"{path}: is no file of format {format!r}")
+    return record
+
+
+def evaluate(
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    checkpoint: str | os.PathLike | None = None,
+    *,
+    subset: str = "test",
+    metrics: Sequence[str] = METRICS,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Scores:
+    """Scores a model, or the noisy input itself, on one set of a manifest.
+
+    The test set's scores go to ``scores.json``, ``scores.csv`` and ``enhanced/``; the validation set's names end in
+    ``_valid``. A run folder's ``history.json`` beside the checkpoint tells label, seed and cost of the model.
+
+    Args:
+        data: The manifest, or the folder that holds it.
+        out: The run folder to write into; made where missing.
+        checkpoint: What `mvat.models.Manner.from_pretrained` loads; None scores the noisy input.
+        subset: "test" or "valid".
+        metrics: Names out of mvat.metrics.METRICS.
+        workers: Scoring processes, by default one a CPU; 0 scores in this process.
+        device: Where the model runs; by default a GPU where there is one.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The scores. A recording that could not be read, enhanced or scored is among their failures.
+
+    Raises:
+        ValueError: The manifest, checkpoint or history cannot be used, or the set is empty.
+        OSError: The folder cannot be written.
+    """
+    data_set = manifest.load(data)
+    entries = data_set.split(subset)
+    if not entries:
+        raise ValueError(f"{data_set.path}: the {subset} set is empty")
+    out = Path(out)
+    suffix = _suffix(subset)
+    failures: list[Failure] = []
+    if checkpoint is None:
+        out.mkdir(parents=True, exist_ok=True)
+        description = _description(label="noisy", kind="noisy")
+        estimates = {entry.name: entry.noisy for entry in entries}
+    else:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = Manner.from_pretrained(Path(checkpoint)).to(device)
+        description = describe(Path(checkpoint), model, out.name)
+        estimates, failures = enhance_set(model, entries, out / f"enhanced{suffix}", progress)
+    pairs = [(entry.name, entry.clean, estimates[entry.name]) for entry in entries if entry.name in estimates]
+    scored = score_files(pairs, metrics, workers, progress)
+    order = {entry.name: place for place, entry in enumerate(entries)}
+    scores = Scores(
+        scored.metrics,
+        {name: scored.rows.get(name, dict.fromkeys(scored.metrics)) for name in order},
+        sorted(failures + scored.failures, key=lambda failure: order[failure.name]),
+    )
+    header = {"format": SCORES_FORMAT, **description, "set": subset, "data": str(data_set.path.resolve())}
+    scores.to_json(out / f"scores{suffix}.json", header)
+    scores.to_csv(out / f"scores{suffix}.csv")
+    return scores
+
+
+def describe(checkpoint: Path, model: Manner, label: str) -> dict[str, Any]:
+    """What a model is and costs: from the history beside its checkpoint, else what can be counted."""
+    history = checkpoint.parent / "history.json"
+    if history.exists():
+        record = read_record(history, HISTORY_FORMAT)
+        return {key: record.get(key) for key in DESCRIPTION}
+    gflops = count_flops(model.config) / 1e9
+    return _description(label=label, kind="student", parameters=count_parameters(model), gflops=gflops)
+
+
+def _description(**known: Any) -> dict[str, Any]:
+    return dict.fromkeys(DESCRIPTION) | {"method": "none"} | known
+
+
+def enhance_set(
+    model: Manner, entries: Sequence[manifest.Entry], folder: Path, progress: bool = True
+) -> tuple[dict[str, Path], list[Failure]]:
+    """Enhances whole recordings, one at a time, into <folder>/<name>.wav.
+
+    Args:
+        model: In evaluation mode.
+        entries: Pairs of a manifest.
+        folder: Made where missing.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Name -> file written, and the recordings for which there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Path] = {}
+    failures: list[Failure] = []
+    for entry in tqdm(entries, desc="enhancing", unit="file", disable=not progress):
+        path = folder / f"{entry.name}.wav"
+        try:
+            samples, rate = audio.read(entry.noisy)
+            audio.write(path, mvat.enhance(samples, model, rate), rate)
+            written[entry.name] = path
+        except (ValueError, RuntimeError) as error:  # unreadable, an output of NaN, out of memory
+            failures.append(Failure(entry.name, ALL, str(error)))
+    return written, failures
+
+
+def table(scores: Scores, label: str, noisy: Mapping[str, Mapping[str, float | None]] | None = None) -> str:
+    """Means for people to read.
+
+    Args:
+        scores: Scores of a run.
+        label: What the run is called.
+        noisy: Name -> metric -> score of the noisy input on the same set, for comparison.
+
+    Returns:
+        Lines of text: the noisy input, the run, the mean gain over recordings scored in both, what could not be scored.
+    """
+    width = max(len(label), 5)
+    lines = [f"{'':{width}}  {'files':>5}" + "".join(f"{metric:>10}" for metric in scores.metrics)]
+
+    def line(name: str, rows: Mapping[str, Mapping[str, float | None]], sign: str = "") -> None:
+        cells, most = "", 0
+        for metric in scores.metrics:
+            values = [value for row in rows.values() if (value := row.get(metric)) is not None]
+            most = max(most, len(values))
+            cells += f"{sum(values) / len(values):{sign}10.3f}" if values else f"{'-':>10}"
+        lines.append(f"{name:{width}}  {most:5}{cells}")
+
+    if noisy is not None:
+        line("noisy", noisy)
+    line(label, scores.rows)
+    if noisy is not None:
+        line("gain", {name: _differences(row, noisy[name]) for name, row in scores.rows.items() if name in noisy}, "+")
+    if scores.failures:
+        lines.append(f"not scored, not in the means ({len(scores.unscored())} of {len(scores.rows)} recordings):")
+        lines += [f"  {name}: {metric}: {reason}" for name, metric, reason in scores.failures]
+    return "\n".join(lines)
+
+
+def _differences(row: Mapping[str, float | None], other: Mapping[str, float | None]) -> dict[str, float | None]:
+    pairs = {metric: (value, other.get(metric)) for metric, value in row.items()}
+    return {metric: a - b if a is not None and b is not None else None for metric, (a, b) in pairs.items()}
+
+
+def noisy_rows(run: Path, subset: str) -> dict[str, dict[str, float | None]] | None:
+    """The scores of the noisy input where the folder "noisy" beside the run holds them for the same set, else None."""
+    name = f"scores{_suffix(subset)}.json"
+    path = run.parent / "noisy" / name
+    if run.name == "noisy" or not path.exists():
+        return None
+    own, noisy = (read_record(file, SCORES_FORMAT) for file in (run / name, path))
+    return noisy["files"] if all(own.get(key) == noisy.get(key) for key in ("set", "data")) else None
+
+
+def _suffix(subset: str) -> str:
+    return "" if subset == "test" else f"_{subset}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split(":")[0] + ".")
+    parser.add_argument("--data", type=Path, required=True, help="data folder made by train.prepare, or its manifest")
+    parser.add_argument("--out", type=Path, required=True, help="run folder to write into, such as runs/demo/student")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="model to enhance with, such as runs/demo/student/best.pt")
+    what.add_argument("--noisy", action="store_true", help="score the noisy input itself")
+    parser.add_argument("--set", choices=("test", "valid"), default="test", dest="subset")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS)
+    parser.add_argument("--workers", type=int, help="scoring processes (default: one a CPU)")
+    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
+    options = parser.parse_args(arguments)
+    try:
+        scores = evaluate(
+            options.data,
+            options.out,
+            options.checkpoint,
+            subset=options.subset,
+            metrics=options.metrics,
+            workers=options.workers,
+            device=options.device,
+        )
+        noisy = noisy_rows(options.out, options.subset)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(scores, options.out.name, noisy))
+    if not any(scores.count().values()):
+        return 2
+    return 1 if scores.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

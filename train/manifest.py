@@ -1,0 +1,234 @@
+"""The data manifest: which pairs of clean and noisy files make up a data set, and the folder that holds them.
+
+``manifest.json`` lists the pairs of every split; all audio is 16 kHz mono. ``prepare.json`` beside it says from what
+and with which settings the folder was made, so that a preparation can be continued and never writes into a foreign
+folder.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvat.files import write_text
+
+__all__ = [
+    "SPLITS",
+    "Entry",
+    "Manifest",
+    "ManifestError",
+    "check_folder",
+    "claim",
+    "load",
+    "save",
+    "summary",
+]
+
+FORMAT = "mvat-manifest-1"
+SAMPLE_RATE = 16000
+SPLITS = ("train", "valid", "test")
+SOURCES = ("voicebank", "voices", "synthetic")
+_NAME = "manifest.json"
+_MARKER = "prepare.json"
+
+
+class ManifestError(ValueError):
+    """A manifest or data folder that cannot be used; the message names it and the reason."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pair of files.
+
+    Attributes:
+        name: Unique within the split.
+        speaker: Who speaks.
+        clean: The clean file.
+        noisy: The noisy file, as long as the clean one.
+        frames: Samples of either.
+        noise: Kind of noise, where known.
+        snr: Signal-to-noise ratio in dB, where known.
+    """
+
+    name: str
+    speaker: str
+    clean: Path
+    noisy: Path
+    frames: int
+    noise: str | None = None
+    snr: float | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set.
+
+    Attributes:
+        path: The manifest file.
+        source: "voicebank", "voices" or "synthetic".
+        train: Pairs to train on.
+        valid: Pairs to validate on; may be empty, then validation speakers are taken out of train.
+        test: Pairs to report on.
+        resampler: What resampled the files; None where nothing did.
+    """
+
+    path: Path
+    source: str
+    train: tuple[Entry, ...]
+    valid: tuple[Entry, ...]
+    test: tuple[Entry, ...]
+    resampler: str | None = None
+
+    def split(self, name: str) -> tuple[Entry, ...]:
+        """The pairs of "train", "valid" or "test".
+
+        Raises:
+            ValueError: Another name.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {name!r}")
+        return getattr(self, name)
+
+
+def load(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check a manifest: its structure, unique names, and that every file is there.
+
+    Args:
+        path: The manifest, or the folder that holds it.
+
+    Raises:
+        ManifestError: It is missing, malformed, of another format, or names files that are missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / _NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path}: no such manifest (python -m train.prepare makes one)") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ManifestError(f"{path}: is no manifest of format {FORMAT!r}")
+    if data.get("sample_rate") != SAMPLE_RATE:
+        raise ManifestError(f"{path}: sample_rate must be {SAMPLE_RATE}, not {data.get('sample_rate')!r}")
+    if data.get("source") not in SOURCES:
+        raise ManifestError(f"{path}: source must be one of {', '.join(SOURCES)}, not {data.get('source')!r}")
+    splits = {name: _entries(path, name, data.get(name)) for name in SPLITS}
+    files = [file for entries in splits.values() for entry in entries for file in (entry.clean, entry.noisy)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise ManifestError(f"{path}: {len(missing)} files are missing, the first is {missing[0]}")
+    return Manifest(path, data["source"], resampler=data.get("resampler"), **splits)
+
+
+def save(folder: Path, source: str, splits: Mapping[str, Sequence[Entry]], resampler: str | None = None) -> Manifest:
+    """Write the manifest of a folder atomically; paths inside the folder become relative.
+
+    Args:
+        folder: An existing folder.
+        source: "voicebank", "voices" or "synthetic".
+        splits: The pairs of each split; a split left out is empty.
+        resampler: What resampled the files, if anything did.
+    """
+    folder = folder.resolve()
+
+    def place(file: Path) -> str:
+        file = file.resolve()
+        return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+
+    def row(entry: Entry) -> dict[str, Any]:
+        values = vars(entry) | {"clean": place(entry.clean), "noisy": place(entry.noisy)}
+        return {key: value for key, value in values.items() if value is not None}
+
+    head = {"format": FORMAT, "source": source, "sample_rate": SAMPLE_RATE, "resampler": resampler}
+    rows = {name: [row(entry) for entry in splits.get(name, ())] for name in SPLITS}
+    write_text(folder / _NAME, json.dumps(head | rows, indent=1) + "\n")
+    return load(folder)
+
+
+def check_folder(folder: Path, settings: Mapping[str, Any]) -> Manifest | None:
+    """Check that a preparation with these settings may write into a folder.
+
+    Args:
+        folder: May be missing.
+        settings: What the data is made from, as JSON values.
+
+    Returns:
+        The manifest where the preparation is complete already, else None.
+
+    Raises:
+        ManifestError: The folder is a file, foreign, or was prepared with other settings.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise ManifestError(f"{folder}: is a file, expected a folder")
+    marker = folder / _MARKER
+    if not marker.exists():
+        if any(folder.iterdir()):
+            raise ManifestError(f"{folder}: is not empty and was not made by train.prepare; name another folder")
+        return None
+    try:
+        known = json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{marker}: cannot be read ({error})") from error
+    if known != settings:
+        keys = sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key))
+        changes = ", ".join(f"{key} {known.get(key)!r}, now {settings.get(key)!r}" for key in keys)
+        raise ManifestError(f"{folder}: was prepared with other settings ({changes}); name another folder or remove it")
+    return load(folder) if (folder / _NAME).exists() else None
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Create a folder, or continue with it, and note in it what it is made from.
+
+    Raises:
+        ManifestError: As check_folder, or the folder cannot be written.
+    """
+    check_folder(folder, settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / _MARKER, json.dumps(settings, indent=1) + "\n")
+    except OSError as error:
+        raise ManifestError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def summary(manifest: Manifest) -> str:
+    """A few lines for people: pairs, minutes, speakers and noises of every split."""
+    lines = [f"{manifest.path}"]
+    for name in SPLITS:
+        entries = manifest.split(name)
+        minutes = sum(entry.frames for entry in entries) / SAMPLE_RATE / 60
+        speakers = ", ".join(sorted({entry.speaker for entry in entries})) or "none"
+        noises = Counter(entry.noise for entry in entries if entry.noise)
+        line = f"  {name:5}  {len(entries):5} pairs  {minutes:6.1f} min  speakers: {speakers}"
+        if noises:
+            line += "  noises: " + ", ".join(f"{noise} {count}" for noise, count in sorted(noises.items()))
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _entries(path: Path, split: str, rows: Any) -> tuple[Entry, ...]:
+    """Check the rows of one split."""
+    if not isinstance(rows, list):
+        raise ManifestError(f"{path}: {split!r} must be a list")
+    entries = []
+    for index, row in enumerate(rows):
+        where = f"{path}: {split}[{index}]"
+        if not isinstance(row, dict):
+            raise ManifestError(f"{where} must be an object")
+        for key, kind in (("name", str), ("speaker", str), ("clean", str), ("noisy", str), ("frames", int)):
+            if not isinstance(row.get(key), kind) or not row[key]:
+                raise ManifestError(f"{where}: {key!r} must be a {kind.__name__} and not empty, not {row.get(key)!r}")
+        clean, noisy = (path.parent / row[side] for side in ("clean", "noisy"))
+        entries.append(
+            Entry(row["name"], row["speaker"], clean, noisy, row["frames"], row.get("noise"), row.get("snr"))
+        )
+    repeated = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+    if repeated:
+        raise ManifestError(f"{path}: {split} names {repeated[0]!r} more than once")
+    return tuple(entries)

@@ -1,0 +1,97 @@
+"""Prepare data: ``python -m train.prepare voicebank|voices|synthetic --out DIR``.
+
+Writes a folder with a manifest that training and evaluation read. Exit status 2 for what the user must mend.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from train.manifest import summary
+from train.synthetic import prepare_synthetic
+from train.voicebank import EXPECTED_SCORES, noisy_scores, prepare_voicebank
+from train.voices import DEMO_PACKAGES, SOURCES, SourceUnavailable, default_cache, prepare_voices
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, SourceUnavailable, ModuleNotFoundError) as error:
+        print(f"train.prepare: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepare data to train on.")
+    kinds = parser.add_subparsers(required=True, metavar="voicebank|voices|synthetic")
+
+    voicebank = kinds.add_parser(
+        "voicebank", allow_abbrev=False, help="VoiceBank-DEMAND, or one's own pairs in its folders"
+    )
+    voicebank.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        help="folder of {clean,noisy}_{trainset,testset}_wav; trainset_28spk or trainset_56spk will do too",
+    )
+    voicebank.add_argument("--no-score", action="store_true", help="do not score the noisy test files")
+    voicebank.set_defaults(run=_voicebank)
+
+    voices = kinds.add_parser(
+        "voices",
+        allow_abbrev=False,
+        help="real voices and noises from Debian packages",
+        description=f"Packages to choose from: {', '.join(SOURCES)}.",
+    )
+    voices.add_argument(
+        "--packages", nargs="+", default=list(DEMO_PACKAGES), metavar="NAME", help="default: %(default)s (43 MB)"
+    )
+    voices.add_argument("--cache", type=Path, default=default_cache(), help="folder for downloads (%(default)s)")
+    voices.set_defaults(run=_voices)
+
+    synthetic = kinds.add_parser("synthetic", allow_abbrev=False, help="generated voices and noises")
+    synthetic.set_defaults(run=_synthetic)
+
+    for kind in (voicebank, voices, synthetic):
+        kind.add_argument("--out", type=Path, required=True, help="folder to write")
+    for kind in (voices, synthetic):
+        kind.add_argument("--train-minutes", type=float, default=12.0, help="training pairs (%(default)s)")
+        kind.add_argument("--valid-minutes", type=float, default=1.0, help="validation pairs (%(default)s)")
+        kind.add_argument("--test-minutes", type=float, default=2.0, help="test pairs (%(default)s)")
+        kind.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (%(default)s)")
+    return parser
+
+
+def _voicebank(arguments: argparse.Namespace) -> int:
+    data = prepare_voicebank(arguments.source, arguments.out)
+    print(summary(data))
+    if not arguments.no_score:
+        for metric, score in noisy_scores(data).items():
+            found = "not scored" if score is None else f"{score:.3f}"
+            print(f"  noisy test set {metric}: {found} (the real VoiceBank-DEMAND: {EXPECTED_SCORES[metric]})")
+    return 0
+
+
+def _voices(arguments: argparse.Namespace) -> int:
+    data = prepare_voices(arguments.out, packages=arguments.packages, cache=arguments.cache, **_amount(arguments))
+    print(summary(data))
+    return 0
+
+
+def _synthetic(arguments: argparse.Namespace) -> int:
+    print(summary(prepare_synthetic(arguments.out, **_amount(arguments))))
+    return 0
+
+
+def _amount(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(arguments, key) for key in ("train_minutes", "valid_minutes", "test_minutes", "seed")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The training loop: epochs of steps, validation, curves, checkpoints; the same run folder goes on where it stopped."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mvat.files import write_text
+from mvat.losses import weighted_mrstft_loss
+from mvat.metrics import METRICS, score_files
+from mvat.models import Manner, count_flops, count_parameters
+from train import checkpoint
+from train.config import RunConfig, differences
+from train.data import EpochSampler, Pairs, Segments
+from train.transfer import Transfer
+
+HISTORY_FORMAT = "mvat-history-1"
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on; the message names the folder and the reason."""
+
+
+class Solver:
+    """Trains one model into one run folder.
+
+    Args:
+        config: the resolved configuration.
+        model: the model to train, freshly initialised.
+        teacher: the frozen teacher, or None.
+        train_pairs, valid_pairs: the recordings.
+        kind: "teacher" or "student", for tables.
+
+    Raises:
+        RunError: if the folder holds another run, or the configuration does not fit the data.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Manner,
+        teacher: Manner | None,
+        train_pairs: Pairs,
+        valid_pairs: Pairs,
+        kind: str,
+    ) -> None:
+        optim, data = config.optim, config.data
+        self.config, self.kind = config, kind
+        self.folder = Path(config.out)
+        self.accelerator = Accelerator(
+            mixed_precision=optim.precision,
+            gradient_accumulation_steps=optim.accumulate,
+            step_scheduler_with_optimizer=False,
+        )
+        self.examples = Segments(
+            train_pairs,
+            round(data.segment_seconds * 16_000),
+            round(data.stride_seconds * 16_000),
+            data.tempo,
+            data.tempo_share,
+            config.seed,
+        )
+        self.valid_pairs = valid_pairs
+        self._check_validation()
+        self.sampler = EpochSampler(len(self.examples), config.seed)
+        processes = self.accelerator.num_processes
+        if len(self.examples) < optim.batch_size * processes:
+            raise RunError(
+                f"{data.path}: {len(self.examples)} training examples do not fill one batch of {optim.batch_size}"
+                + (f" on {processes} processes" if processes > 1 else "")
+            )
+        loader = DataLoader(
+            self.examples,
+            optim.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            num_workers=data.workers,
+            persistent_workers=data.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.transfer = Transfer(config.transfer, model, teacher).to(self.accelerator.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr)
+        # The schedule is ours, not accelerate's, which would step it once a process.
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        updates = math.ceil(len(self.loader) / optim.accumulate)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer.optimizer, max_lr=optim.lr, total_steps=updates * optim.epochs
+        )
+        self.gflops = round(count_flops(model.config) / 1e9, 4)
+        self.epoch, self.step = 0, 0
+        self.best: float | None = None
+        self.history: list[dict[str, Any]] = []
+        self._writer: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the last epoch and return the history; a finished run returns at once."""
+        self._open_folder()
+        if self.main and self.epoch:
+            print(f"{self.folder}: goes on after epoch {self.epoch} of {self.config.optim.epochs}", flush=True)
+        for epoch in range(self.epoch + 1, self.config.optim.epochs + 1):
+            row = self._train_epoch(epoch)
+            valid = self.config.valid
+            if epoch % valid.every == 0 or epoch == self.config.optim.epochs:
+                row["valid"] = self._validate(epoch)
+            self.epoch = epoch
+            self.history.append(row)
+            if self.main:
+                self._record(row)
+            self.accelerator.wait_for_everyone()
+        if self._writer is not None:
+            self._writer.close()
+        self.accelerator.end_training()
+        return self.history
+
+    def _check_validation(self) -> None:
+        valid = self.config.valid
+        unknown = set(valid.metrics) - set(METRICS)
+        if unknown:
+            raise RunError(f"valid.metrics must be some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+        if valid.select != "loss" and valid.select not in valid.metrics:
+            raise RunError(f'valid.select must be "loss" or one of valid.metrics, got {valid.select!r}')
+        if valid.every < 1 or self.config.optim.epochs < 1:
+            raise RunError("valid.every and optim.epochs must be at least 1")
+        if not self.valid_pairs.names:
+            raise RunError(f"{self.config.data.path}: there are no recordings to validate on; name data.valid_speakers")
+
+    def _train_epoch(self, epoch: int) -> dict[str, Any]:
+        self.sampler.epoch = epoch
+        self.model.train()
+        sums: dict[str, torch.Tensor] = {}
+        steps = len(self.loader)
+        started = time.perf_counter()
+        bar = tqdm(
+            self.loader,
+            desc=f"{self.folder.name} {epoch}/{self.config.optim.epochs}",
+            disable=not self.main,
+            leave=False,
+            mininterval=0.2 if sys.stderr.isatty() else 10,
+        )
+        for clean, noisy in bar:
+            with self.accelerator.accumulate(self.model):
+                parts = self._step(clean, noisy)
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value
+            self.step += 1
+            if self.step % 10 == 0:
+                bar.set_postfix({name: f"{value.item():.3f}" for name, value in parts.items()}, refresh=False)
+                self._curves("train", {k: v.item() for k, v in parts.items()} | {"lr": self._rate()}, self.step)
+        seconds = time.perf_counter() - started
+        audio = steps * self.config.optim.batch_size * self.accelerator.num_processes * self.config.data.segment_seconds
+        return {
+            "epoch": epoch,
+            "step": self.step,
+            "lr": self._rate(),
+            "seconds": round(seconds, 3),
+            "audio_seconds_per_second": round(audio / seconds, 2),
+            "peak_memory_gb": round(_peak_memory() / 1e9, 3),
+            "train": {name: (value / steps).item() for name, value in sums.items()},
+        }
+
+    def _step(self, clean: torch.Tensor, noisy: torch.Tensor) -> dict[str, torch.Tensor]:
+        with self.accelerator.autocast():
+            estimate, transfer = self.transfer.student_and_loss(self.model, noisy)
+        enhancement = weighted_mrstft_loss(estimate.float(), clean, noisy)
+        loss = enhancement if transfer is None else enhancement + self.config.transfer.weight * transfer
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients and self.scheduler.last_epoch < self.scheduler.total_steps - 1:
+            self.scheduler.step()
+        parts = {"total": loss, "enhancement": enhancement} | ({} if transfer is None else {"transfer": transfer})
+        return {name: value.detach() for name, value in parts.items()}
+
+    def _rate(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+    @torch.no_grad()
+    def _validate(self, epoch: int) -> dict[str, float]:
+        """Mean loss and scores over whole recordings; every process waits for the one that computes them."""
+        if not self.main:
+            return {}
+        model = self.accelerator.unwrap_model(self.model).eval()
+        losses, scored = [], []
+        every = range(len(self.valid_pairs.names))
+        for i in tqdm(
+            every, desc="validate", disable=not self.main, leave=False, mininterval=0.2 if sys.stderr.isatty() else 10
+        ):
+            pair = self.valid_pairs.read(i)
+            clean, noisy = (torch.from_numpy(np.ascontiguousarray(x))[None, None] for x in pair)
+            noisy = noisy.to(self.accelerator.device)
+            estimate = model(noisy).float()
+            losses.append(weighted_mrstft_loss(estimate, clean.to(noisy.device), noisy).item())
+            scored.append((self.valid_pairs.names[i], pair.clean, estimate[0, 0].cpu().numpy()))
+        result = {"loss": float(np.mean(losses))}
+        if self.config.valid.metrics:
+            scores = score_files(scored, self.config.valid.metrics, progress=False)
+            result |= {name: value for name, value in scores.mean().items() if value is not None}
+        self._curves("valid", result, self.step)
+        return result
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """Write checkpoints, history and one line on the screen."""
+        valid, select = row.get("valid", {}), self.config.valid.select
+        better = False
+        if select in valid:
+            value = -valid[select] if select == "loss" else valid[select]
+            better = self.best is None or value > self.best
+            self.best = value if better else self.best
+        content = self._content()
+        try:
+            checkpoint.save(self.folder / "last.pt", content)
+            if better:
+                checkpoint.save(self.folder / "best.pt", content)
+            write_text(self.folder / "history.json", json.dumps(self._history(), indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.folder}: cannot write the checkpoint: {error.strerror or error}") from error
+        self._curves("speed", {"audio_seconds_per_second": row["audio_seconds_per_second"]}, self.step)
+        parts = [f"{name} {value:.4f}" for name, value in row["train"].items()]
+        parts += [f"valid {name} {value:.3f}" for name, value in valid.items()]
+        mark = "  best" if better else ""
+        print(
+            f"{self.folder.name} epoch {row['epoch']}/{self.config.optim.epochs}: {', '.join(parts)}, "
+            f"{row['audio_seconds_per_second']:.0f}x real time{mark}",
+            flush=True,
+        )
+
+    def _content(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        scaler = self.accelerator.scaler
+        return {
+            "model_config": model.config,
+            "state_dict": model.state_dict(),
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "scheduler": _plain_scheduler(self.scheduler.state_dict()),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "history": self.history,
+            "config": self.config.as_dict(),
+            "random": checkpoint.random_states(),
+        }
+
+    def _history(self) -> dict[str, Any]:
+        model = self.accelerator.unwrap_model(self.model)
+        return {
+            "format": HISTORY_FORMAT,
+            "label": self.config.label or self.folder.name,
+            "kind": self.kind,
+            "method": self.config.transfer.method,
+            "seed": self.config.seed,
+            "model": model.config,
+            "parameters": count_parameters(model),
+            "gflops": self.gflops,
+            "epochs": self.history,
+        }
+
+    def _open_folder(self) -> None:
+        """Make the run's folder, or take up the run that it holds."""
+        last = self.folder / "last.pt"
+        resolved = self.config.as_dict()
+        if last.is_file():
+            self._resume(checkpoint.load(last), resolved)
+        elif self.folder.is_dir() and (self.folder / "history.json").exists():
+            raise RunError(f"{self.folder}: holds the history of a run but no last.pt; choose another folder")
+        if self.main:
+            import yaml
+            from torch.utils.tensorboard import SummaryWriter
+
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+                self._writer = SummaryWriter(self.folder / "tensorboard", purge_step=self.step + 1)
+            except OSError as error:
+                raise RunError(f"{self.folder}: cannot be written to: {error.strerror or error}") from error
+
+    def _resume(self, content: dict[str, Any], resolved: dict[str, Any]) -> None:
+        changed = differences(content["config"], resolved)
+        if changed:
+            raise RunError(
+                f"{self.folder}: holds a run of another configuration ({'; '.join(changed)}); choose another out"
+            )
+        self.accelerator.unwrap_model(self.model).load_state_dict(content["state_dict"])
+        self.optimizer.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        if content["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        self.epoch, self.step, self.best = content["epoch"], content["step"], content["best"]
+        self.history = content["history"]
+        checkpoint.restore_random_states(content["random"])
+
+    def _curves(self, group: str, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def _plain_scheduler(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the annealing function, which the schedule has at construction and a safe checkpoint cannot hold."""
+    return {key: value for key, value in state.items() if not callable(value)}
+
+
+def _peak_memory() -> float:
+    """Bytes: the most memory this process has held, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
