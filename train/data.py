@@ -69,8 +69,9 @@ class FilePairs:
 class Segments(Dataset):
     """Training examples of one length. An item is asked for as (epoch, index) and is a function of these and the seed.
 
-    A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one; what is missing at its end is
-    filled with zeros. For a share of the segments the tempo of the clean track is changed and the noise added again.
+    A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one, that start inside it; what is
+    missing at its end is filled with zeros. For a share of the segments the tempo of the clean track is changed and the
+    noise added again.
 
     Args:
         pairs: the recordings.
@@ -99,6 +100,7 @@ class Segments(Dataset):
             (i, k * stride)
             for i, frames in enumerate(pairs.frames)
             for k in range(max(math.ceil((frames - length) / stride), 0) + 1)
+            if k * stride < frames
         ]
         if not self._places:
             raise ValueError("there are no recordings to train on")

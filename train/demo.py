@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mvat.metrics import Scores
-from train import command, manifest
+from train import command
 from train.evaluate import evaluate
 from train.report import report
 from train.sources import SourceUnavailable
@@ -26,6 +26,8 @@ RUNS = (
     ("student", "demo_student.yaml", "student", "none"),
     ("student_mvat", "demo_student.yaml", "student", "mvat"),
 )
+#: Loud noise, which a network that was trained for minutes can already lower.
+TRAIN_SNRS, TEST_SNRS = (-5.0, 0.0, 5.0, 10.0), (-2.5, 2.5, 7.5)
 SHOWN = ("pesq_wb", "stoi", "si_sdr")
 
 
@@ -37,14 +39,14 @@ def prepare(folder: Path, source: str | None) -> Path:
         source = "synthetic" if (synthetic / "manifest.json").is_file() else None
     if source != "synthetic":
         try:
-            prepare_voices(voices)
+            prepare_voices(voices, train_snrs=TRAIN_SNRS, test_snrs=TEST_SNRS)
             print(f"data: real voices and noises from Debian packages, see {voices / 'LICENSES.md'}")
             return voices
         except SourceUnavailable as error:
             if source == "voices":
                 raise ValueError(str(error)) from None
             print(f"data: no real voices here ({error})")
-    prepare_synthetic(synthetic)
+    prepare_synthetic(synthetic, train_snrs=TRAIN_SNRS, test_snrs=TEST_SNRS)
     print(f"data: generated voices and noises in {synthetic}")
     return synthetic
 

@@ -207,7 +207,9 @@ class Solver:
             scored.append((self.valid_pairs.names[i], pair.clean, estimate[0, 0].cpu().numpy()))
         result = {"loss": float(np.mean(losses))}
         if self.config.valid.metrics:
-            scores = score_files(scored, self.config.valid.metrics, progress=False)
+            # PESQ is slow and can crash, so it has processes of its own; for the others they would cost more than they save.
+            workers = None if any(name.startswith("pesq") for name in self.config.valid.metrics) else 0
+            scores = score_files(scored, self.config.valid.metrics, workers, progress=False)
             result |= {name: value for name, value in scores.mean().items() if value is not None}
         self._curves("valid", result, self.step)
         return result

@@ -4,7 +4,7 @@ A voice is a pulse train of varying pitch through four formants that glide from 
 syllable rhythm and pauses. The generator needs numpy alone; `prepare_synthetic` writes a data set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,6 +160,8 @@ def prepare_synthetic(
     train_minutes: float = 12.0,
     valid_minutes: float = 1.0,
     test_minutes: float = 2.0,
+    train_snrs: Sequence[float] = TRAIN_SNRS,
+    test_snrs: Sequence[float] = TEST_SNRS,
     seed: int = 0,
     progress: bool = True,
 ) -> Manifest:
@@ -170,6 +172,8 @@ def prepare_synthetic(
         train_minutes: Minutes of training pairs.
         valid_minutes: Minutes of validation pairs.
         test_minutes: Minutes of test pairs.
+        train_snrs: Signal-to-noise ratios of the training and validation pairs, in dB.
+        test_snrs: Those of the test pairs.
         seed: The same seed gives the same files.
         progress: Show progress bars.
 
@@ -179,7 +183,8 @@ def prepare_synthetic(
     """
     out = Path(out)
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
-    settings = {"source": "synthetic", "minutes": minutes, "seed": seed}
+    snrs = {"train": list(train_snrs), "valid": list(train_snrs), "test": list(test_snrs)}
+    settings = {"source": "synthetic", "minutes": minutes, "snrs": snrs, "seed": seed}
     done = manifest.check_folder(out, settings)
     if done:
         return done
@@ -187,9 +192,10 @@ def prepare_synthetic(
     splits = {}
     for index, split in enumerate(manifest.SPLITS):
         rng = np.random.default_rng([seed, index])
-        snrs = TEST_SNRS if split == "test" else TRAIN_SNRS
         noises = _noises(rng, split)
-        splits[split] = write_pairs(out, split, minutes[split], snrs, _utterances(rng, split), noises, rng, progress)
+        splits[split] = write_pairs(
+            out, split, minutes[split], snrs[split], _utterances(rng, split), noises, rng, progress
+        )
     return manifest.save(out, "synthetic", splits)
 
 

@@ -57,6 +57,8 @@ def prepare_voices(
     train_minutes: float = 12.0,
     valid_minutes: float = 1.0,
     test_minutes: float = 2.0,
+    train_snrs: Sequence[float] = TRAIN_SNRS,
+    test_snrs: Sequence[float] = TEST_SNRS,
     seed: int = 0,
     packages: Sequence[str] = DEMO_PACKAGES,
     cache: Path | None = None,
@@ -69,6 +71,8 @@ def prepare_voices(
         train_minutes: Minutes of training pairs; where the voices are shorter, they return in other noise.
         valid_minutes: Minutes of validation pairs.
         test_minutes: Minutes of test pairs.
+        train_snrs: Signal-to-noise ratios of the training and validation pairs, in dB.
+        test_snrs: Those of the test pairs.
         seed: The same seed and package versions give the same files.
         packages: Names out of SOURCES; at least one voice for each split.
         cache: Folder for the downloads; by default mvat in the user's cache folder.
@@ -86,7 +90,8 @@ def prepare_voices(
     if silent:
         raise ValueError(f"the packages {', '.join(packages)} hold no voice for: {', '.join(sorted(silent))}")
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
-    settings = {"source": "voices", "packages": packages, "minutes": minutes, "seed": seed}
+    snrs = {"train": list(train_snrs), "valid": list(train_snrs), "test": list(test_snrs)}
+    settings = {"source": "voices", "packages": packages, "minutes": minutes, "snrs": snrs, "seed": seed}
     done = manifest.check_folder(out, settings)
     if done:
         return done
@@ -103,10 +108,9 @@ def prepare_voices(
     splits = {}
     for index, split in enumerate(manifest.SPLITS):
         rng = np.random.default_rng([seed, index])
-        snrs = TEST_SNRS if split == "test" else TRAIN_SNRS
         noises = _noises(recordings, split)
         utterances = _utterances(rng, recordings.voices[split])
-        splits[split] = write_pairs(out, split, minutes[split], snrs, utterances, noises, rng, progress)
+        splits[split] = write_pairs(out, split, minutes[split], snrs[split], utterances, noises, rng, progress)
     return manifest.save(out, "voices", splits, audio.resampler_name())
 
 

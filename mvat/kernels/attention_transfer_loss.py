@@ -30,10 +30,11 @@ REDUCTIONS = ("sum", "none")
 def _normalised(q: Tensor) -> Tensor:
     """q [B, T] over its 2-norm. The norm is taken on q / max q, so that no square over- or underflows.
 
-    Silence is divided by infinity: it stays zero and gets a zero gradient.
+    Silence is divided by infinity: it becomes zero and gets a zero gradient. A map without one normal number counts as
+    silence, for its reciprocal overflows.
     """
     largest = q.detach().abs().amax(1, keepdim=True)
-    q = q / largest.masked_fill(largest == 0, torch.inf)
+    q = q / largest.masked_fill(largest < torch.finfo(q.dtype).tiny, torch.inf)
     norm = torch.linalg.vector_norm(q, dim=1, keepdim=True)
     return q / norm.masked_fill(norm == 0, torch.inf)
 

@@ -100,7 +100,7 @@ def test_silence_and_extremes() -> None:
         y = global_attention(scaled, *rest)
         y.sum().backward()
         assert torch.isfinite(y).all() and y.any() and torch.isfinite(scaled.grad).all()
-    # Between equal tokens nothing is chosen: attention over the tiny signal is the mean of all chunks, padding included.
+    # Between equal tokens nothing is chosen: tiny signals attend to the mean of all chunks, padding included.
     *tensors, heads, segment = [v.double() if isinstance(v, Tensor) else v for v in (1e-12 * x, *rest)]
     token = chunk(tensors[0], segment).mean(2, keepdim=True) @ tensors[3].T @ tensors[4].T
     uniform = overlap_add(token.expand(-1, -1, (200 + 16) // 8 + 1, -1), 200) / 2
@@ -111,9 +111,7 @@ def test_the_padding_takes_part_in_the_softmax() -> None:
     """One chunk of pure padding in front, one behind where C / 2 divides T: each gets weight e^0."""
     segment, x = 4, torch.ones(1, 1, 4, dtype=torch.float64)
     eye = torch.eye(segment, dtype=torch.float64)
-    tokens = torch.tensor(
-        [[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.float64
-    )
+    tokens = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
     mixed = torch.softmax(tokens @ tokens.T / 2, 1) @ tokens
     expected = torch.cat((mixed[1, 2:] + mixed[2, :2], mixed[2, 2:] + mixed[3, :2])) / 2
     torch.testing.assert_close(global_attention(x, eye, eye, eye, eye, 1, segment)[0, 0], expected)

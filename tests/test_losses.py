@@ -1,0 +1,222 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mvat.kernels import attention_map, attention_transfer_loss
+from mvat.losses import (
+    block_pairs,
+    block_transfer_loss,
+    mrstft_distance,
+    multi_view_transfer_loss,
+    output_distillation_loss,
+    weighted_mrstft_loss,
+)
+from mvat.models import Views
+
+GOLDEN = Path(__file__).parent / "golden"
+spec = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+
+@pytest.fixture(params=["own", "shared"])
+def golden(request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], float]:
+    """The arrays and the tolerance of the gradient: the shared file's windows were rounded to float32."""
+    if request.param == "own":
+        path, tolerance = GOLDEN / "loss.npz", 1e-7
+    else:
+        path, tolerance = request.getfixturevalue("shared") / "golden/weighted_mrstft_loss.npz", 5e-5
+    return {k: torch.from_numpy(np.asarray(v)).double() for k, v in np.load(path).items()}, tolerance
+
+
+def test_golden(golden: tuple[dict[str, Tensor], float]) -> None:
+    g, tolerance = golden
+    estimate = g["estimate"].requires_grad_()
+    loss = weighted_mrstft_loss(estimate, g["clean"], g["noisy"])
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), g["loss"], rtol=1e-6, atol=0)
+    assert (estimate.grad - g["grad_estimate"]).norm() <= tolerance * g["grad_estimate"].norm()
+    estimate = estimate.detach()
+    speech = mrstft_distance(estimate, g["clean"])
+    torch.testing.assert_close(speech, g["clean_loss"], rtol=1e-6, atol=0)
+    absolute = (estimate - g["clean"]).abs().mean(1)
+    torch.testing.assert_close(speech - absolute, g["clean_sc"] + g["clean_mag"], rtol=1e-6, atol=0)
+    noise = mrstft_distance(g["noisy"] - estimate, g["noisy"] - g["clean"])
+    torch.testing.assert_close(noise, g["noise_loss"], rtol=1e-6, atol=0)
+
+
+def test_golden_in_single_precision_and_three_dimensions(golden: tuple[dict[str, Tensor], float]) -> None:
+    g, _ = golden
+    signals = [g[name].float()[:, None] for name in ("estimate", "clean", "noisy")]
+    loss = weighted_mrstft_loss(*signals)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), g["loss"], rtol=1e-5, atol=0)
+
+
+def test_the_second_specification_gives_the_golden_parts(golden: tuple[dict[str, Tensor], float]) -> None:
+    g, _ = golden
+    for name, value in make.weighted_loss(g["estimate"], g["clean"], g["noisy"]).items():
+        torch.testing.assert_close(value, g[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_perfect_estimate_gives_zero_and_a_zero_gradient(noise: float, dtype: torch.dtype) -> None:
+    clean = torch.randn(2, 1500, dtype=dtype)
+    clean[1] = 0
+    noisy = clean + noise * torch.randn_like(clean)
+    # noisy - estimate equals noisy - clean to the last bit, as both are the same subtraction.
+    estimate = clean.clone().requires_grad_()
+    loss = weighted_mrstft_loss(estimate, clean, noisy)
+    loss.backward()
+    assert loss == 0 and not estimate.grad.any()
+
+
+def test_silence_is_finite() -> None:
+    silence, sound = torch.zeros(2, 1500), torch.randn(2, 1500)
+    for estimate, target in ((silence, silence), (sound, silence), (silence, sound), (1e-30 * sound, silence)):
+        estimate = estimate.clone().requires_grad_()
+        distance = mrstft_distance(estimate, target)
+        distance.sum().backward()
+        assert distance.shape == (2,) and torch.isfinite(distance).all() and torch.isfinite(estimate.grad).all()
+        loss = weighted_mrstft_loss(estimate, target, target)
+        assert torch.isfinite(loss)
+
+
+def test_gradcheck() -> None:
+    clean, noisy = torch.randn(1, 1025, dtype=torch.float64), torch.randn(1, 1025, dtype=torch.float64)
+    estimate = torch.randn(1, 1025, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda e: weighted_mrstft_loss(e, clean, noisy), estimate, fast_mode=True, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_weight_is_each_clips_own() -> None:
+    """A clip without noise counts its speech alone, a clip without speech its residual noise alone."""
+    signal, estimate = torch.randn(1, 1500, dtype=torch.float64), torch.randn(1, 1500, dtype=torch.float64)
+    silence = torch.zeros_like(signal)
+    speech_only = weighted_mrstft_loss(estimate, signal, signal)
+    torch.testing.assert_close(speech_only, mrstft_distance(estimate, signal).mean(), rtol=1e-5, atol=0)
+    noise_only = weighted_mrstft_loss(estimate, silence, signal)
+    torch.testing.assert_close(noise_only, mrstft_distance(signal - estimate, signal).mean(), rtol=1e-5, atol=0)
+    both = [torch.cat(pair) for pair in ((estimate, estimate), (signal, silence), (signal, signal))]
+    torch.testing.assert_close(weighted_mrstft_loss(*both), (speech_only + noise_only) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    signals = [(20 * torch.randn(2, 1500)).to(dtype) for _ in range(3)]  # energies beyond float16's largest number
+    loss = weighted_mrstft_loss(*signals)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, weighted_mrstft_loss(*(s.float() for s in signals)))
+
+
+A = torch.zeros(2, 1500)
+
+
+@pytest.mark.parametrize(
+    "signals, error, message",
+    [
+        ((A[:, :1024],) * 3, ValueError, r"at least one clip of 1025 samples, got \{'estimate': \[2, 1024\]"),
+        ((A[:0],) * 3, ValueError, r"at least one clip of 1025 samples, got \{'estimate': \[0, 1500\]"),
+        ((A, A, A[:, :1499]), ValueError, r"the signals must have one shape, got .*'noisy': \[2, 1499\]"),
+        ((A, A[:1], A), ValueError, r"the signals must have one shape, got .*'clean': \[1, 1500\]"),
+        ((A[0], A, A), ValueError, r"estimate must have shape .*, got \[1500\]"),
+        ((A[None], A, A), ValueError, r"estimate must have shape \[B, T\] or \[B, 1, T\], got \[1, 2, 1500\]"),
+        ((A.short(), A, A), TypeError, "estimate must have a floating dtype, got torch.int16"),
+        ((A, None, A), TypeError, "clean must be a tensor, got NoneType"),
+        ((A, A, A.to("meta")), ValueError, "the signals must be on one device, got .*'noisy': 'meta'"),
+    ],
+)
+def test_bad_signals_are_named(signals: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^weighted_mrstft_loss: .*{message}"):
+        weighted_mrstft_loss(*signals)
+
+
+def test_output_distillation() -> None:
+    student = torch.randn(2, 1, 1500, requires_grad=True)
+    teacher = torch.randn(2, 1, 1500, requires_grad=True)
+    loss = output_distillation_loss(student, teacher)
+    torch.testing.assert_close(loss, mrstft_distance(student, teacher).mean())
+    loss.backward()
+    assert student.grad.any() and teacher.grad is None
+    same = student.detach().clone().requires_grad_()
+    loss = output_distillation_loss(same, same.detach())
+    loss.backward()
+    assert loss == 0 and not same.grad.any()
+    with pytest.raises(ValueError, match="^mrstft_distance: the signals must have one shape"):
+        output_distillation_loss(student, teacher[..., 1:])
+
+
+def blocks(channels: int, lengths: tuple[int, ...] = (9, 5, 5, 9)) -> list[Views]:
+    return [Views(*(torch.randn(2, channels, n, dtype=torch.float64) for _ in range(3))) for n in lengths]
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_multi_view_transfer_sums_blocks_and_views(form: str) -> None:
+    student, teacher = blocks(2), blocks(7)
+    maps = [Views(*(attention_map(v) for v in views)) for views in teacher]
+    total = sum(
+        attention_transfer_loss([s], [t], form=form)
+        for student_block, teacher_block in zip(student, teacher, strict=True)
+        for s, t in zip(student_block, teacher_block, strict=True)
+    )
+    torch.testing.assert_close(multi_view_transfer_loss(student, teacher, form=form), total)
+    torch.testing.assert_close(multi_view_transfer_loss(student, maps, form=form), total)
+    pairs = [(0, 3), (2, 1)]
+    chosen = multi_view_transfer_loss(student, maps, pairs=pairs, views=["local", "channel"], form=form)
+    expected = sum(
+        attention_transfer_loss([getattr(student[s], view)], [getattr(teacher[t], view)], form=form)
+        for s, t in pairs
+        for view in ("channel", "local")
+    )
+    torch.testing.assert_close(chosen, expected)
+
+
+def test_the_power_reaches_the_maps() -> None:
+    student, teacher = blocks(2), blocks(7)
+    expected = sum(attention_transfer_loss(s, t, p=1.0) for s, t in zip(student, teacher, strict=True))
+    torch.testing.assert_close(multi_view_transfer_loss(student, teacher, p=1.0), expected)
+    with pytest.raises(ValueError, match="p must be finite and at least 1, got 0.5"):
+        multi_view_transfer_loss(student, teacher, p=0.5)
+
+
+def test_students_and_teachers_of_different_depth_need_pairs() -> None:
+    student, teacher = blocks(2, (9, 9)), blocks(3, (9, 5, 5, 9))
+    with pytest.raises(ValueError, match="the student has 2 multi-view blocks and the teacher 4: name the pairs"):
+        multi_view_transfer_loss(student, teacher)
+    assert torch.isfinite(multi_view_transfer_loss(student, teacher, pairs=[(0, 0), (1, 3)]))
+    for pair in ((2, 0), (0, 4), (-1, 0)):
+        with pytest.raises(ValueError, match=rf"pair \({pair[0]}, {pair[1]}\) does not exist: 2 student and 4 teacher"):
+            multi_view_transfer_loss(student, teacher, pairs=[pair])
+    with pytest.raises(ValueError, match="pair 0 must agree in batch and time"):
+        multi_view_transfer_loss(student, teacher, pairs=[(0, 1)])
+    with pytest.raises(ValueError, match="not empty"):
+        multi_view_transfer_loss(student, teacher, pairs=[])
+
+
+@pytest.mark.parametrize("views, given", [(["global"], "global"), ([], "none"), (["channel", "all"], "channel, all")])
+def test_unknown_views_are_refused(views: list[str], given: str) -> None:
+    with pytest.raises(ValueError, match=f"views must be some of channel, global_, local, got {given}"):
+        multi_view_transfer_loss(blocks(2), blocks(3), views=views)
+
+
+def test_block_pairs_take_lists_as_configuration_files_give_them() -> None:
+    assert block_pairs(2, 2, None) == [(0, 0), (1, 1)]
+    assert block_pairs(2, 4, [[0, 1], [1, 3]]) == [(0, 1), (1, 3)]
+
+
+def test_block_transfer() -> None:
+    student, teacher = [b.channel.requires_grad_() for b in blocks(2)], [b.channel for b in blocks(5)]
+    loss = block_transfer_loss(student, teacher)
+    torch.testing.assert_close(loss, attention_transfer_loss(student, teacher))
+    loss.backward()
+    assert all(s.grad.any() for s in student)
+    chosen = block_transfer_loss(student, [attention_map(t) for t in teacher], pairs=[(0, 3)], form="code")
+    torch.testing.assert_close(chosen, attention_transfer_loss(student[:1], teacher[3:], form="code"))
+    with pytest.raises(ValueError, match="the student has 4 multi-view blocks and the teacher 3"):
+        block_transfer_loss(student, teacher[:3])

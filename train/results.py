@@ -1,0 +1,130 @@
+"""Committed results: an experiment's scores as one small JSON file, and the table that README shows of it.
+
+    python -m train.results save runs/small docs/results/small.json     one file from an experiment's folder
+    python -m train.results readme README.md                            renew README's tables from the files it names
+    python -m train.results check README.md                             1 if a table is not what its file says
+
+In README a table stands between `<!-- results: PATH -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvat import __version__
+from mvat.files import write_text
+from train.report_runs import SHOWN, System, collect
+
+FORMAT = "mvat-results-1"
+_TABLE = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def gather(experiment: Path) -> dict[str, Any]:
+    """The scores of every run of an experiment, grouped by what differs in nothing but the seed.
+
+    Raises:
+        ValueError: if the folder holds no run, or a malformed file.
+    """
+    systems = [_system(system) for system in collect(experiment)]
+    return {"format": FORMAT, "mvat": __version__, "torch": torch.__version__, "systems": systems}
+
+
+def _system(system: System) -> dict[str, Any]:
+    runs = [
+        {
+            "seed": run.seed,
+            "epochs": len(run.series.get("lr", ([], []))[0]),
+            "mean": {name: run.mean(name) for name in SHOWN},
+            "unscored": run.unscored(),
+        }
+        for run in system.runs
+        if run.scores
+    ]
+    first = system.first
+    described = {"label": system.label, "kind": first.kind, "method": first.method}
+    return described | {"parameters": first.parameters, "gflops": first.gflops, "runs": runs}
+
+
+def table(results: dict[str, Any]) -> str:
+    """A Markdown table: a row a system, the mean over seeds and, where there are several, lowest to highest."""
+    titles = [metric.title + metric.unit.rstrip().replace(" dB", ", dB") for metric in SHOWN.values()]
+    lines = [
+        "| | parameters | GFLOPs | seeds | " + " | ".join(titles) + " |",
+        "|---|---:|---:|---:|" + "---:|" * len(titles),
+    ]
+    for system in results["systems"]:
+        size = "" if system["parameters"] is None else f"{system['parameters'] / 1e6:.2f} M"
+        cost = "" if system["gflops"] is None else f"{system['gflops']:.2f}"
+        seeds = "" if system["kind"] == "noisy" else str(len(system["runs"]))
+        cells = [
+            _cell([run["mean"][name] for run in system["runs"]], metric.digits) for name, metric in SHOWN.items()
+        ]
+        lines.append(f"| {system['label']} | {size} | {cost} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    text = f"{statistics.fmean(known):.{digits}f}"
+    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+def renewed(text: str, folder: Path) -> str:
+    """The text of a README with every table made from the file it names, relative to `folder`.
+
+    Raises:
+        ValueError: if a file is missing or not of this format, or the text has no table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        path = folder / match["path"]
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
+        if results.get("format") != FORMAT:
+            raise ValueError(f"{path}: is not of format {FORMAT!r}")
+        return match[1] + table(results) + match[3]
+
+    new, count = _TABLE.subn(replace, text)
+    if not count:
+        raise ValueError("holds no table between <!-- results: PATH --> and <!-- end -->")
+    return new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        match arguments:
+            case ["save", experiment, file]:
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+                write_text(file, json.dumps(gather(Path(experiment)), indent=1) + "\n")
+            case ["readme" | "check" as verb, file]:
+                readme = Path(file)
+                text = readme.read_text(encoding="utf-8")
+                new = renewed(text, readme.parent)
+                if verb == "check" and new != text:
+                    print(f"{readme}: a table is out of date: python -m train.results readme {readme}", file=sys.stderr)
+                    return 1
+                if new != text:
+                    write_text(readme, new)
+            case _:
+                print(__doc__, file=sys.stderr)
+                return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
