@@ -11,6 +11,8 @@ from mvat.models import Views
 
 #: n_fft, hop and window length of the three STFTs, in samples at 16 kHz.
 RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+#: Samples that the longest STFT needs to reflect its padding.
+SHORTEST = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
 VIEW_NAMES = Views._fields
 
 
@@ -33,9 +35,8 @@ def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
     devices = {name: str(signal.device) for name, signal in signals.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"{op}: the signals must be on one device, got {devices}")
-    shortest = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
-    if clips[0].shape[0] < 1 or clips[0].shape[1] < shortest:
-        raise ValueError(f"{op}: the signals must be at least one clip of {shortest} samples, got {shapes}")
+    if clips[0].shape[0] < 1 or clips[0].shape[1] < SHORTEST:
+        raise ValueError(f"{op}: the signals must be at least one clip of {SHORTEST} samples, got {shapes}")
     return clips
 
 
@@ -108,9 +109,7 @@ def multi_view_transfer_loss(
     Raises:
         ValueError: for pairs or views that do not exist.
     """
-    unknown = [view for view in views if view not in VIEW_NAMES]
-    if unknown or not views:
-        raise ValueError(f"views must be some of {', '.join(VIEW_NAMES)}, got {', '.join(views) or 'none'}")
+    check_views(views)
     chosen = block_pairs(len(student), len(teacher), pairs)
     return attention_transfer_loss(
         [getattr(student[s], view) for s, _ in chosen for view in views],
@@ -118,6 +117,12 @@ def multi_view_transfer_loss(
         p=p,
         form=form,
     )
+
+
+def check_views(views: Sequence[str]) -> None:
+    """ValueError unless `views` is a sequence of names of views, at least one."""
+    if isinstance(views, str) or not views or set(views) - set(VIEW_NAMES):
+        raise ValueError(f"views must be a sequence of some of {', '.join(VIEW_NAMES)}, got {views!r}")
 
 
 def block_pairs(students: int, teachers: int, pairs: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:

@@ -62,9 +62,7 @@ def table(results: dict[str, Any]) -> str:
         size = "" if system["parameters"] is None else f"{system['parameters'] / 1e6:.2f} M"
         cost = "" if system["gflops"] is None else f"{system['gflops']:.2f}"
         seeds = "" if system["kind"] == "noisy" else str(len(system["runs"]))
-        cells = [
-            _cell([run["mean"][name] for run in system["runs"]], metric.digits) for name, metric in SHOWN.items()
-        ]
+        cells = [_cell([run["mean"][name] for run in system["runs"]], metric.digits) for name, metric in SHOWN.items()]
         lines.append(f"| {system['label']} | {size} | {cost} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mvat.files import write_text
-from mvat.losses import weighted_mrstft_loss
+from mvat.losses import SHORTEST, weighted_mrstft_loss
 from mvat.metrics import METRICS, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint
@@ -135,6 +135,12 @@ class Solver:
             raise RunError(f'valid.select must be "loss" or one of valid.metrics, got {valid.select!r}')
         if valid.every < 1 or self.config.optim.epochs < 1:
             raise RunError("valid.every and optim.epochs must be at least 1")
+        length = round(self.config.data.segment_seconds * 16_000)
+        if length < SHORTEST:
+            raise RunError(f"data.segment_seconds must be at least {SHORTEST / 16_000:.4f}, got {length / 16_000:.4f}")
+        for name, frames in zip(self.valid_pairs.names, self.valid_pairs.frames, strict=True):
+            if frames < SHORTEST:
+                raise RunError(f"{self.config.data.path}: {name} is too short to validate on, {frames} samples")
         if not self.valid_pairs.names:
             raise RunError(f"{self.config.data.path}: there are no recordings to validate on; name data.valid_speakers")
 
@@ -207,7 +213,7 @@ class Solver:
             scored.append((self.valid_pairs.names[i], pair.clean, estimate[0, 0].cpu().numpy()))
         result = {"loss": float(np.mean(losses))}
         if self.config.valid.metrics:
-            # PESQ is slow and can crash, so it has processes of its own; for the others they would cost more than they save.
+            # PESQ is slow and can crash, so it has processes of its own, which cost more than they save for the others.
             workers = None if any(name.startswith("pesq") for name in self.config.valid.metrics) else 0
             scores = score_files(scored, self.config.valid.metrics, workers, progress=False)
             result |= {name: value for name, value in scores.mean().items() if value is not None}

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mvat.kernels import attention_map
-from mvat.losses import VIEW_NAMES, block_pairs, block_transfer_loss, multi_view_transfer_loss, output_distillation_loss
+from mvat.losses import (
+    block_pairs,
+    block_transfer_loss,
+    check_views,
+    multi_view_transfer_loss,
+    output_distillation_loss,
+)
 from mvat.models import Manner
 from train.config import TransferConfig
 
@@ -34,9 +40,7 @@ class Transfer(nn.Module):
         if teacher is not None and config.method != "output":
             student_blocks = student.manner_block.attention_blocks
             block_pairs(student_blocks, teacher.manner_block.attention_blocks, config.pairs)
-            unknown = set(config.views) - set(VIEW_NAMES)
-            if unknown or not config.views:
-                raise ValueError(f"transfer.views must be some of {', '.join(VIEW_NAMES)}, got {config.views}")
+            check_views(config.views)
 
     def student_and_loss(self, student: nn.Module, noisy: Tensor) -> tuple[Tensor, Tensor | None]:
         """The student's estimate for noisy [B, 1, T], and the unweighted transfer loss (None for "none")."""

@@ -20,14 +20,12 @@ linalg.vector_norm(x, dim=1).square() 33 + 47 (and 42 + 3.5 at the second). Trie
 library's powf, 5 times slower than the polynomials of csrc/cpu/power.h.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from mvat.kernels import native
 from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
-from mvat.kernels.checks import check_features
+from mvat.kernels.checks import check_features, check_power
 
 
 def attention_map_reference(x: Tensor, p: float = 2.0) -> Tensor:
@@ -55,10 +53,7 @@ def attention_map(x: Tensor, p: float = 2.0) -> Tensor:
         RuntimeError: for a second derivative of the fused kernel; or where the back end is "fused" and there is none.
     """
     check_features("attention_map", "x", x)
-    if not isinstance(p, int | float):
-        raise TypeError(f"attention_map: p must be a number, got {type(p).__name__}")
-    if not 1 <= p < math.inf:
-        raise ValueError(f"attention_map: p must be finite and at least 1, got {p}")
+    check_power("attention_map", p)
     if use_fused("attention_map", x):
         return torch.ops.mvat.attention_map(x, float(p))
     return attention_map_reference(x, p)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mvat.files import replacing
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -33,15 +34,9 @@ def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tens
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"architecture": "Manner", "sample_rate": 16_000, "arguments": dict(config)}, indent=2)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
-    temporary = [p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (weights, settings)]
-    try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, temporary[0])
-        temporary[1].write_text(text + "\n")
-        os.replace(temporary[0], weights)
-        os.replace(temporary[1], settings)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    with replacing(settings) as new_settings, replacing(weights) as new_weights:
+        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, new_weights)
+        new_settings.write_text(text + "\n")
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -22,7 +22,7 @@ EVALUATED = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(EVALUATED)), st.sampled_from([0, 1, 3]), st.integers(1, 3000))
 def test_any_batch_and_length(name: str, batch: int, length: int) -> None:
     model = EVALUATED[name]
@@ -34,7 +34,7 @@ def test_any_batch_and_length(name: str, batch: int, length: int) -> None:
         assert block.channel.shape == block.global_.shape == block.local.shape
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.integers(1, 10_000), st.integers(1, 5), st.integers(1, 9), st.data())
 def test_a_valid_length_survives_the_encoders_and_decoders(length: int, depth: int, kernel: int, data) -> None:
     stride = data.draw(st.integers(1, kernel))
