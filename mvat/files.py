@@ -1,5 +1,6 @@
 """Writing files so that a failure leaves the former ones whole."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -28,3 +30,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file as `replacing` does."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming last through a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

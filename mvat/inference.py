@@ -12,6 +12,9 @@ from mvat.audio import SAMPLE_RATE, read, resample
 
 __all__ = ["enhance"]
 
+#: More are a mistake, most likely samples taken for channels, and crash the resampler.
+MOST_CHANNELS = 1024
+
 
 @overload
 def enhance(audio: Tensor, model: nn.Module, sample_rate: int | None = None) -> Tensor: ...
@@ -118,6 +121,10 @@ def _check_samples(audio: object) -> None:
         )
     if audio.ndim not in (1, 2) or 0 in audio.shape:
         raise ValueError(f"enhance: audio must be [T] or [channels, T] and not empty, got shape {list(audio.shape)}")
+    if audio.ndim == 2 and audio.shape[0] > min(MOST_CHANNELS, max(audio.shape[1], 16)):
+        raise ValueError(
+            f"enhance: audio must be [channels, T], got {list(audio.shape)}: {audio.shape[0]} channels; transpose it"
+        )
     finite = torch.isfinite(audio) if isinstance(audio, Tensor) else np.isfinite(audio)
     if not finite.all():
         raise ValueError("enhance: audio holds NaN or infinity")

@@ -130,7 +130,8 @@ def block_pairs(students: int, teachers: int, pairs: Sequence[tuple[int, int]] |
     if pairs is None:
         if students != teachers:
             raise ValueError(
-                f"the student has {students} multi-view blocks and the teacher {teachers}: name the pairs of blocks"
+                f"the student has {students} multi-view blocks and the teacher {teachers}: "
+                "name the pairs of blocks, such as pairs = [[0, 0], [1, 1]]"
             )
         return [(i, i) for i in range(students)]
     for s, t in pairs:

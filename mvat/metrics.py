@@ -387,4 +387,4 @@ def _bar(results: Iterator[_Result], total: int, progress: bool) -> Iterator[_Re
         return results
     from tqdm import tqdm
 
-    return iter(tqdm(results, desc="scoring", total=total, unit="file"))
+    return iter(tqdm(results, desc="scoring", total=total, unit="file", disable=None))

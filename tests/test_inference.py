@@ -120,6 +120,8 @@ def test_a_path_gives_an_array_at_the_rate_of_the_file(model: mvat.Manner, tmp_p
         ([0.0, 0.1], TypeError, "an array, a tensor or a path, got list"),
         (np.zeros(0, np.float32), ValueError, r"not empty, got shape \[0\]"),
         (np.zeros((0, 9), np.float32), ValueError, r"not empty, got shape \[0, 9\]"),
+        (np.zeros((48000, 2), np.float32), ValueError, r"got \[48000, 2\]: 48000 channels; transpose it"),
+        (np.zeros((100, 2), np.float32), ValueError, "100 channels; transpose it"),
         (np.zeros((1, 1, 9), np.float32), ValueError, r"\[T\] or \[channels, T\]"),
         (torch.zeros(()), ValueError, r"\[T\] or \[channels, T\]"),
         (np.array([0, np.nan], np.float32), ValueError, "holds NaN or infinity"),

@@ -21,7 +21,10 @@ FORMAT = "mvat-checkpoint-1"
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write the checkpoint; OSError leaves the former one as it was."""
     with replacing(path) as part:
-        torch.save({"format": FORMAT, **content}, part)
+        try:
+            torch.save({"format": FORMAT, **content}, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

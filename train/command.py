@@ -1,6 +1,7 @@
 """The command lines of training: a typed configuration from YAML and options, and one run from it."""
 
 import dataclasses
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -26,21 +27,53 @@ def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(description=description, exit_on_error=False)
+    for file in _config_files(argv):
+        _check_yaml(file)
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_class_arguments(RunConfig)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        files = _config_files(argv)
+        where = f"the options, or {', '.join(files)}: " if files else ""
+        raise ValueError(where + " ".join(str(error).split())) from None
     return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def _config_files(argv: Sequence[str] | None) -> list[str]:
+    arguments = sys.argv[1:] if argv is None else argv
+    files = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
+    return files + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+
+
+def _check_yaml(file: str) -> None:
+    """ValueError with the file's name unless it holds a YAML mapping; the parser's own words leave the name out."""
+    import yaml
+
+    try:
+        with open(file, encoding="utf-8") as text:
+            content = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: not a configuration: expected keys and values, got {type(content).__name__}")
 
 
 def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
     """Parse and train; 0 when the run is finished, 2 with one line for what the user must mend."""
     try:
-        run(parse(argv, description), kind)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        config = parse(argv, description)
+        if kind == "teacher" and config.transfer.method != "none":
+            raise ValueError(
+                "a teacher is trained on its own, without transfer; python -m train.distill trains a student"
+            )
+        run(config, kind)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        # A worker that reads ahead hands its error on with the whole traceback; the reason stands last.
+        reason = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
@@ -98,7 +131,7 @@ def _resolved(model: ModelConfig) -> ModelConfig:
     with torch.device("meta"):
         try:
             return ModelConfig(model.preset, Manner(**arguments).config)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"model.arguments: {error}") from None
 
 

@@ -1,6 +1,7 @@
 """The configuration of a training run: typed, filled from YAML and the command line by `train.command`."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,13 +137,15 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys that two resolved configurations disagree in, as "optim.lr: 0.001 and 0.002"."""
+def differences(
+    first: dict[str, Any], second: dict[str, Any], ignore: Collection[str] = (), prefix: str = ""
+) -> list[str]:
+    """The keys that two resolved configurations disagree in, as "optim.lr: 0.001 and 0.002", but those to ignore."""
     found = []
     for key in sorted(first.keys() | second.keys()):
         a, b = first.get(key), second.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
+            found += differences(a, b, ignore, f"{prefix}{key}.")
+        elif a != b and prefix + key not in ignore:
             found.append(f"{prefix}{key}: {a} and {b}")
     return found

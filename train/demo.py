@@ -90,7 +90,8 @@ def demo(data: Path, out: Path, source: str | None = None) -> bool:
     before, after = (scores[name].mean()["si_sdr"] for name in ("noisy", "student_mvat"))
     raised = before is not None and after is not None and after > before
     verdict = "raises" if raised else "does NOT raise"
-    print(f"the student taught by MV-AT {verdict} SI-SDR over the noisy input: {before:.2f} to {after:.2f} dB")
+    values = " to ".join("none" if value is None else f"{value:.2f}" for value in (before, after))
+    print(f"the student taught by MV-AT {verdict} SI-SDR over the noisy input: {values} dB")
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     return raised
 

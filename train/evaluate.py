@@ -145,7 +145,7 @@ def enhance_set(
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, Path] = {}
     failures: list[Failure] = []
-    for entry in tqdm(entries, desc="enhancing", unit="file", disable=not progress):
+    for entry in tqdm(entries, desc="enhancing", unit="file", disable=None if progress else True):
         path = folder / f"{entry.name}.wav"
         try:
             samples, rate = audio.read(entry.noisy)

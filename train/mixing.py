@@ -192,7 +192,9 @@ def write_pairs(
     entries: list[Entry] = []
     total = round(minutes * 60)
     written = 0.0
-    with tqdm(total=total, desc=f"mixing {split}", unit="s", disable=not progress, bar_format=_BAR) as bar:
+    with tqdm(
+        total=total, desc=f"mixing {split}", unit="s", disable=None if progress else True, bar_format=_BAR
+    ) as bar:
         while written < total:
             speaker, clean = next(utterances)
             kind = kinds[len(entries) % len(kinds)]

@@ -222,7 +222,7 @@ def _samples(systems: Sequence[System], progress: bool) -> str:
     shown = [system for system in systems if system.first.kind != "noisy"]
     models, notes = _models(shown)
     blocks, maps = [], []
-    for sample in tqdm(chosen, desc="report", unit="recording", disable=not progress):
+    for sample in tqdm(chosen, desc="report", unit="recording", disable=None if progress else True):
         blocks.append(_sample(sample, systems, shown))
         noisy = _excerpt(sample.entry.noisy)
         by_model = {place: _maps(model, noisy) for place, model in models.items()}

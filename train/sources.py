@@ -187,7 +187,7 @@ def fetch(packages: Sequence[str], cache: Path, progress: bool = True) -> dict[s
                 (cache / "apt" / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SourceUnavailable(f"the cache {cache} cannot be written ({error.strerror})") from error
-        bar = tqdm(missing, desc="package lists", unit="package", disable=not progress)
+        bar = tqdm(missing, desc="package lists", unit="package", disable=None if progress else True)
         # A source list of the system's that fails does not matter as long as the packages come.
         update = _apt(cache, "update", cwd=cache)
         for name in bar:

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from train import command
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see `--help` for the options."""
+    from train import command  # here, not above: the scoring processes import this module again
+
     return command.main(argv, "Train a teacher: a network on its own.", "teacher")
 
 

@@ -1,9 +1,12 @@
 """What a student learns from its frozen teacher: one object that knows what to ask of both and how to compare it."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from mvat.kernels import attention_map
+from mvat.kernels.checks import check_power
 from mvat.losses import (
     block_pairs,
     block_transfer_loss,
@@ -37,6 +40,9 @@ class Transfer(nn.Module):
             )
         self.config = config
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        check_power("transfer", config.p)
+        if not 0 <= config.weight < math.inf:
+            raise ValueError(f"transfer.weight must be 0 or more, got {config.weight}")
         if teacher is not None and config.method != "output":
             student_blocks = student.manner_block.attention_blocks
             block_pairs(student_blocks, teacher.manner_block.attention_blocks, config.pairs)

@@ -145,7 +145,7 @@ def _check_headers(pairs: Sequence[_Pair], progress: bool) -> tuple[dict[Path, i
     problems: list[str] = []
     frames: dict[Path, int] = {}
     rates: Counter[int] = Counter()
-    for pair in tqdm(pairs, desc="checking", unit="pair", disable=not progress):
+    for pair in tqdm(pairs, desc="checking", unit="pair", disable=None if progress else True):
         try:
             infos = audio.info(pair.clean), audio.info(pair.noisy)
         except audio.AudioError as error:
@@ -180,7 +180,9 @@ def _convert_all(jobs: Sequence[_Job], workers: int | None, progress: bool) -> N
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
             results = pool.map(_convert, jobs, chunksize=16)
-        problems = [p for p in tqdm(results, desc=verb, total=len(jobs), unit="file", disable=not progress) if p]
+        problems = [
+            p for p in tqdm(results, desc=verb, total=len(jobs), unit="file", disable=None if progress else True) if p
+        ]
     _refuse(jobs[0].source.parent.parent, problems)
 
 

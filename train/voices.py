@@ -197,7 +197,7 @@ def _prompts(package: str, folder: Path, progress: bool) -> list[np.ndarray]:
 
     files = sorted(file for file in folder.rglob("*.g722") if file.is_file() and not file.is_symlink())
     files = [file for file in files if file.stem not in _NO_SPEECH and file.parent.name != "silence"]
-    bar = tqdm(files, desc=f"decoding {package}", unit="file", disable=not progress)
+    bar = tqdm(files, desc=f"decoding {package}", unit="file", disable=None if progress else True)
     pieces = [piece for file in bar for piece in speech_pieces(_decode(file))]
     if not pieces:
         raise SourceUnavailable(f"package {package} holds no .g722 prompts here")

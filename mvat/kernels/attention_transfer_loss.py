@@ -89,8 +89,11 @@ def _check_pairs(op: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) 
             raise ValueError(
                 f"{op}: pair {i} must agree in batch and time, got student {list(s.shape)} and teacher {list(t.shape)}"
             )
-        if s.device != t.device:
-            raise ValueError(f"{op}: pair {i} must be on one device, got {s.device} and {t.device}")
+        if not s.device == t.device == student[0].device:
+            raise ValueError(
+                f"{op}: all tensors must be on one device, "
+                f"got {student[0].device}, and in pair {i} {s.device} and {t.device}"
+            )
         if s.shape[-1] == 0:
             raise ValueError(f"{op}: pair {i} must have at least one time step, got student {list(s.shape)}")
 

@@ -33,6 +33,8 @@ _mode = _checked(os.environ.get("MVAT_BACKEND", "auto"), "the environment variab
 class use_backend:
     """Choose the back end for the whole process: as a call, or as a context manager that restores the former choice.
 
+    All threads share the choice; threads that want different ones must take turns.
+
     Args:
         mode: "auto" takes the fused kernel where there is one for the input's device and dtype, else the reference,
             with one warning per op and reason; "fused" raises RuntimeError where there is no fused kernel; "eager"
@@ -72,9 +74,11 @@ def not_written(device_type: str, dtype: torch.dtype) -> str | None:
 
 def use_fused(op: str, x: torch.Tensor) -> bool:
     """Whether `op` takes its fused kernel for the input x; warns or raises as `use_backend` describes."""
-    if _mode == "eager":
+    if _mode == "eager" or x.device.type == "meta":
         return False
     reason = _supports[op](x.device.type, x.dtype)
+    if reason is None and _is_transformed():
+        reason = "it has no forward-mode derivative and no torch.func transform"
     if reason is None:
         return True
     if _mode == "fused":
@@ -84,6 +88,16 @@ def use_fused(op: str, x: torch.Tensor) -> bool:
         _warned.add((op, reason))
         warnings.warn(f"{op} runs the plain PyTorch reference: {reason}", RuntimeWarning, stacklevel=3)
     return False
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way.
+
+    A custom operator gives a zero tangent there without a word.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 class Row(NamedTuple):

@@ -22,6 +22,7 @@ from torch import Tensor
 from mvat.kernels.backend import not_written, register, use_fused
 from mvat.kernels.checks import check_features, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
+from mvat.kernels.depthwise import depthwise_reference
 from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
 
 register("local_attention", not_written)
@@ -38,13 +39,11 @@ def local_attention_reference(
 ) -> Tensor:
     """`local_attention` in plain PyTorch.
 
-    The chunks are a channels_last image [B, n, P, C]: on a CPU the depthwise convolution is then ten times faster
-    forward than conv1d over [B P, n, C], and level forward and backward.
+    The chunks are an image [B, n, P, C], whose depthwise convolution along its rows stops at the chunk's own ends.
     """
-    _, n, length = x.shape
+    length = x.shape[-1]
     kernel, kernel2 = depthwise_weight.shape[-1], conv_weight.shape[-1]
-    chunks = chunk(x, segment_len).contiguous(memory_format=torch.channels_last)
-    u = F.conv2d(chunks, depthwise_weight[:, :, None], padding=(0, kernel // 2), groups=n)
+    u = depthwise_reference(chunk(x, segment_len), depthwise_weight, padding=kernel // 2)
     u = F.silu(batch_norm_reference(u, norm1, training))
     # amax is five times faster but splits the gradient between equal maxima: only where no gradient is asked for.
     maximum = u.max(1).values if u.requires_grad else u.amax(1)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvat.kernels import use_backend
 from mvat.models.manner import Manner
 
 
@@ -17,7 +16,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_flops(config: Mapping[str, Any], seconds: float = 4.0) -> int:
-    """FLOPs of one forward pass over one clip, 2 a multiply-add, on the eager back end (keys and values included).
+    """FLOPs of one forward pass over one clip, 2 a multiply-add, of the references (keys and values included).
 
     Args:
         config: arguments of `Manner`.
@@ -28,6 +27,6 @@ def count_flops(config: Mapping[str, Any], seconds: float = 4.0) -> int:
     with torch.device("meta"):
         model = Manner(**config).eval()
         clip = torch.zeros(1, model.config["in_channels"], round(16_000 * seconds))
-    with use_backend("eager"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clip)
     return counter.get_total_flops()
