@@ -56,7 +56,8 @@ def train(data: Path, out: Path, name: str, config: str, kind: str, method: str)
     arguments = ["--config", str(CONFIGS / config), "--data.path", str(data), "--out", str(out / name)]
     if method != "none":
         arguments += ["--transfer.method", method, "--transfer.teacher", str(out / "teacher" / "best.pt")]
-        arguments += ["--label", "student, MV-AT"]
+        # In so few steps the default weight lets the maps outvote the speech.
+        arguments += ["--transfer.weight", "0.01", "--label", "student, MV-AT"]
     command.run(command.parse(arguments, "demo"), kind)
 
 
