@@ -5,12 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help venv demo test clean
+.PHONY: help venv demo test bench bench-kernels bench-quick clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train a small teacher and students, evaluate them, write runs/demo/report.html (about 10 minutes)'
 	@echo 'make test    lint, type check and test (at most 6 minutes)'
+	@echo 'make bench   measure everything next to its peers and its floor (bench-kernels: the ops; bench-quick: answers only)'
 	@echo 'make venv    only prepare .venv: the pinned requirements and the built package'
 	@echo 'make clean   remove build outputs and caches; .venv, data/ and runs/ stay'
 	@echo 'Another Python: make PYTHON=python3.12 test'
@@ -24,6 +25,15 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q
+
+bench: venv
+	$(BIN)/python -m benchmarks
+
+bench-kernels: venv
+	$(BIN)/python -m benchmarks --kernels
+
+bench-quick: venv
+	$(BIN)/python -m benchmarks --quick
 
 # The two stamps are written last, so that an interrupted step is done again.
 $(VENV)/.installed: requirements.txt

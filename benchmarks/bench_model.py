@@ -1,0 +1,107 @@
+"""The whole model, enhancing: the presets against torch.compile, ONNX Runtime and MANNER's original repository."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Run, Settings, Variant
+from benchmarks.peers import compiled, not_fused
+from benchmarks.shapes import Point, build, points
+from mvat.kernels import backend
+
+#: The ops of a forward pass.
+OPS = tuple(row.op for row in backend.table(("cpu",)) if row.op not in ("attention_map", "attention_transfer_loss"))
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+def _onnx_session(preset: str, samples: int, batch: int) -> Run:
+    """The exported reference in ONNX Runtime on the CPU, with PyTorch's number of threads."""
+    import onnxruntime
+
+    program = torch.onnx.export(build(preset), (torch.zeros(batch, 1, samples),), dynamo=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        program.save(path)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def _onnx(point: Point, settings: Settings) -> Variant:
+    lacking = [package for package in _ONNX if importlib.util.find_spec(package) is None]
+    missing = f"not installed: {', '.join(lacking)}" if lacking else ""
+    if settings.device != "cpu":
+        missing = "measured on a CPU only"
+    return Variant(
+        lambda: _onnx_session(point.preset, point.samples, point.batch),
+        algorithm=lambda: build(point.preset),
+        missing=missing,
+    )
+
+
+def _original(path: Path, preset: str) -> nn.Module:
+    """MANNER from a checkout of its authors' repository, with our weights."""
+    ours = build(preset)
+    arguments: dict[str, Any] = dict(ours.config)
+    small = arguments.pop("attention_layers") == "deepest"
+    sys.path.insert(0, str(path))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            module = importlib.import_module("src.models_small" if small else "src.models")
+            model = module.MANNER(**arguments)
+    finally:
+        sys.path.remove(str(path))
+    model.load_state_dict(ours.state_dict())
+    return model.eval()
+
+
+def _manner(point: Point, manner: Path | None) -> Variant:
+    return Variant(
+        lambda: _original(manner, point.preset),
+        algorithm=lambda: build(point.preset),
+        missing="" if manner else "no checkout of MANNER's repository was given (--manner PATH)",
+    )
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    for point in points(settings.quick):
+
+        def make(point: Point = point) -> nn.Module:
+            return build(point.preset)
+
+        variants = {
+            "eager": Variant(make),
+            "fused": Variant(make, "auto", missing=not_fused(OPS, settings.device, torch.float32)),
+            "onnxruntime": _onnx(point, settings),
+            "manner": _manner(point, settings.manner),
+        }
+        if point.named:
+            variants["compile"] = compiled(make)
+        with torch.device("meta"):
+            weights = sum(p.numel() * p.itemsize for p in build(point.preset).parameters())
+
+        def inputs(point: Point = point) -> list[Tensor]:
+            return [torch.randn(point.batch, 1, point.samples)]
+
+        yield Case(
+            "model",
+            {"place": point.preset, "seconds": point.seconds, "B": point.batch},
+            inputs=inputs,
+            reference=lambda make=make: make().double(),
+            variants=variants,
+            passes=("forward",),
+            bound=5,  # the errors of some 500 layers; see `build` for what a wrong kernel does
+            weight_bytes=weights,
+            audio_seconds=point.seconds * point.batch,
+        )

@@ -1,0 +1,76 @@
+"""What a result was measured on, and where it is kept: benchmarks/results/<machine>/<date>-<commit>.json."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+_REPOSITORY = Path(__file__).parents[1]
+_PACKAGES = ("torch", "numpy", "triton", "onnxruntime")
+
+
+def machine_info(device: str) -> dict[str, Any]:
+    """Models, versions, threads, date."""
+    return {
+        "name": name(device),
+        "device": device,
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit_info() -> dict[str, Any]:
+    """The commit (7 digits, or "unknown" outside a checkout) and whether tracked files differ from it."""
+    commit = _git("rev-parse", "--short=7", "HEAD")
+    return {"id": commit or "unknown", "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def results_path(machine: dict[str, Any], commit: dict[str, Any], folder: Path = RESULTS, part: str = "") -> Path:
+    """The file of a run, or of a named part of one; one of the same day and commit is replaced."""
+    dirty = "-dirty" if commit["dirty"] else ""
+    return folder / machine["name"] / f"{machine['date'][:10]}-{commit['id']}{dirty}{part and '-' + part}.json"
+
+
+def name(device: str) -> str:
+    """The machine's folder, such as "amd-epyc-2-cores" or "nvidia-h200"."""
+    text = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {len(os.sched_getaffinity(0))} cores"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def cpu_model() -> str:
+    """The processor's own name where Linux tells it, else its architecture."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """The command's output; "" where git or the checkout is missing. No lock is taken, so nothing else is disturbed."""
+    try:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,120 @@
+"""Memory and products: what a call will need, from a run on fake tensors; what it took; what there is."""
+
+import contextlib
+import ctypes
+import gc
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class Need(NamedTuple):
+    """FLOPs of the products (2 a multiply-add) and bytes of the tensors alive at the worst moment."""
+
+    flops: float
+    peak_bytes: int
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows every storage from its birth to its death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._end, key, size).atexit = False
+
+    def _end(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], *rest: Any, **options: Any) -> int:
+    *batch, tokens, width = query
+    return 4 * torch.Size(batch).numel() * tokens * key[-2] * width
+
+
+def _attention_backward_flops(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], *rest: Any, **_: Any
+) -> int:
+    return _attention_flops(query, key) * 5 // 2  # the scores once more, and four products
+
+
+#: What PyTorch's counter does not know: the attention kernels of the CPU.
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def foresee(body: Callable[[], object]) -> Need:
+    """Run `body`, which makes its own inputs, on fake tensors: nothing is computed or allocated.
+
+    Products inside a fused op count once it has a formula (torch.utils.flop_counter.register_flop_formula). Kernels'
+    own scratch is not seen.
+    """
+    with FakeTensorMode(), _LiveBytes() as live, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        result = body()
+    del result
+    return Need(float(counter.get_total_flops()), live.peak)
+
+
+def available(device: str) -> int:
+    """Bytes that a process can still take: memory of the GPU, or of the machine."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    # What the kernel says it can give without swapping; Linux only, as the peak below.
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("/proc/meminfo has no MemAvailable: the benchmarks need Linux 3.14 or newer")
+    return int(found[1]) * 1024
+
+
+def peak_extra(body: Callable[[], object], device: str) -> int:
+    """Bytes that one call of `body` held at its worst moment, beyond what was held before it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        body()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # Freed memory that the C library keeps would hide what the call needs.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    body()
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(field: str) -> int:
+    return int(re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024

@@ -1,0 +1,91 @@
+"""Samples of time: the clock of a device, variants interleaved, quartiles, and whether the machine was quiet."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+#: A sample on a CPU lasts at least this long, or the clock's own cost would show.
+SHORTEST_SAMPLE = 2e-3
+ROUNDS = (8, 60)
+
+
+class Clock:
+    """Seconds a call takes.
+
+    On a CPU the wall clock around several calls. On a GPU device events around each call, the L2 cache overwritten
+    before it, as it is when an op stands in a network.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._flush = None
+        if device == "cuda":
+            cache = torch.cuda.get_device_properties(0).L2_cache_size
+            self._flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Callable[[], object], calls: int = 1) -> float:
+        if self._flush is None:
+            started = time.perf_counter()
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - started) / calls
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        for before, after in events:
+            self._flush.zero_()
+            before.record()
+            run()
+            after.record()
+        torch.cuda.synchronize()
+        return sum(before.elapsed_time(after) for before, after in events) / calls / 1e3
+
+    def calls(self, once: float) -> int:
+        """How many calls make a sample, for a call of `once` seconds."""
+        return 1 if self.device == "cuda" else max(1, math.ceil(SHORTEST_SAMPLE / max(once, 1e-9)))
+
+
+def rounds(seconds: float, budget: float) -> int:
+    """How many rounds of `seconds` fit into the budget, within ROUNDS."""
+    least, most = ROUNDS
+    return max(least, min(most, int(budget / max(seconds, 1e-9))))
+
+
+def interleave(samplers: Mapping[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
+    """One sample of each in turn, A B C A B C, so that a drift of the machine meets all alike."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(count):
+        for name, sampler in samplers.items():
+            samples[name].append(sampler())
+    return samples
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile, interpolated; of one sample the sample itself."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    first, median, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return first, median, third
+
+
+def drifts(samples: Sequence[float]) -> bool:
+    """Whether the two halves of the samples disagree by more than their quartiles: neither holds the other's median.
+
+    Fewer than eight samples say nothing.
+    """
+    if len(samples) < 8:
+        return False
+    halves = [quartiles(samples[: len(samples) // 2]), quartiles(samples[len(samples) // 2 :])]
+    return not any(a[0] <= b[1] <= a[2] for a, b in (halves, halves[::-1]))
+
+
+def busy(load: float | None = None) -> str:
+    """A warning where other processes keep the machine busy, else ""; to be asked before the first benchmark.
+
+    Args:
+        load: runnable processes, by default the system's average over the last minute.
+    """
+    load = os.getloadavg()[0] if load is None else load
+    return f"the machine is busy: load average {load:.2f} before the first benchmark" if load > 0.5 else ""

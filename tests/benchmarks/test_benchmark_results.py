@@ -1,0 +1,99 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine, plots, results, table
+from benchmarks.results import Row
+
+MACHINE = {
+    "name": "test-machine", "device": "cpu", "cpu": "Test CPU", "gpu": None, "threads": 2,
+    "date": "2026-01-02T03:04:05", "versions": {"torch": "2.13.0"}, "warning": "",
+}  # fmt: skip
+COMMIT = {"id": "abcdef0", "dirty": False}
+
+
+def row(variant: str, milliseconds: float, length: int = 100, **others) -> Row:
+    samples = [1e-3 * milliseconds * (1 + 0.01 * (i % 3)) for i in range(9)]
+    shape = {"place": "base decoder.3", "B": 1, "T": length}
+    values = {"status": "timed", "error": 1e-7, "samples": samples, "floor": 0.5e-3, "peak_extra": 10**6}
+    return Row("some_op", shape, "forward", variant, "float32", **(values | others))
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    long = [row("eager", 8, 400), row("fused", 16, 400)]
+    big = {"status": "does not fit", "detail": "needs 99.0 GB", "samples": [], "error": None}
+    return [row("eager", 4), row("fused", 2), *long, row("eager", 0, 800, **big)]
+
+
+@pytest.fixture
+def path(tmp_path: Path, rows: list[Row]) -> Path:
+    path = machine.results_path(MACHINE, COMMIT, tmp_path)
+    results.write(path, rows, MACHINE, COMMIT)
+    return path
+
+
+def test_the_file_has_its_place(tmp_path: Path, path: Path) -> None:
+    assert path == tmp_path / "test-machine" / "2026-01-02-abcdef0.json"
+    dirty = machine.results_path(MACHINE, COMMIT | {"dirty": True}, tmp_path, "kernels")
+    assert dirty.name == "2026-01-02-abcdef0-dirty-kernels.json"
+
+
+def test_rows_come_back_as_they_were(path: Path, rows: list[Row]) -> None:
+    assert results.read(path) == (rows, MACHINE)
+
+
+def test_pytest_benchmark_compares_the_file(tmp_path: Path, path: Path) -> None:
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", str(path), "--columns=median,iqr,rounds"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert "some_op" in shown and "[eager]" in shown and "[fused]" in shown and "T=800" not in shown
+
+
+def test_statistics_of_the_file(path: Path, rows: list[Row]) -> None:
+    stats = json.loads(path.read_text())["benchmarks"][0]["stats"]
+    assert stats["rounds"] == 9 and stats["median"] == rows[0].median == pytest.approx(4.04e-3)
+    assert stats["min"] <= stats["q1"] <= stats["median"] <= stats["q3"] <= stats["max"]
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"benchmarks": [{}], "untimed": []}', "[]"])
+def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="other.json: not a results file"):
+        results.read(path)
+
+
+def test_the_table_shows_winners_losers_and_what_does_not_fit(path: Path) -> None:
+    text = table.markdown(*results.read(path))
+    assert "Test CPU (2 threads, cpu), PyTorch 2.13.0, 2026-01-02" in text
+    assert "| base decoder.3, B 1, T 100 | forward | 4.04 ms (1.00x, 12%) | 2.02 ms (2.00x, 25%) |" in text
+    assert "| base decoder.3, B 1, T 400 | forward | 8.08 ms (1.00x, 6%) | 16.2 ms (0.50x, 3%) |" in text
+    assert "| base decoder.3, B 1, T 800 | forward | does not fit | – |" in text
+    assert "Not to be trusted" not in text
+
+
+def test_the_table_marks_noise_and_drops_peers_that_never_ran() -> None:
+    drifting = row("eager", 4, samples=[1e-3] * 8 + [2e-3] * 8)
+    absent = row("peer", 0, status="absent", detail="not installed", samples=[])
+    text = table.markdown([drifting, absent], MACHINE | {"warning": "the machine is busy"})
+    assert "| ~1.5 ms (1.00x, 33%) |" in text and "peer" not in text
+    assert "Not to be trusted: the machine is busy" in text
+
+
+def test_pictures(tmp_path: Path, rows: list[Row]) -> None:
+    model = row("eager", 5, audio_seconds=4.0)
+    written = plots.draw([*rows, model], tmp_path / "plots")
+    assert {p.name for p in written} == {
+        "speed-some_op.png", "floor-some_op.png", "length-some_op.png", "throughput.png",
+    }  # fmt: skip
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+    assert plots.draw([], tmp_path / "none") == []
+
+
+def test_the_machine_is_named() -> None:
+    info = machine.machine_info("cpu")
+    assert info["name"] == machine.name("cpu") and info["name"].endswith("-cores") and " " not in info["name"]
+    assert info["threads"] >= 1 and info["versions"]["torch"]
