@@ -90,7 +90,7 @@ def paired(title: str, x: Sequence[float], y: Sequence[float], x_label: str, y_l
     """Every recording as a point, two runs' scores against each other, with the line on which they are equal."""
     with _drawing(f"{title}: {y_label} against {x_label}, one point a recording") as (figure, svg):
         figure.set_size_inches(3.6, 3.6)
-        axes = figure.add_axes((0.15, 0.12, 0.81, 0.81))
+        axes = figure.add_axes((0.19, 0.12, 0.77, 0.81))
         low, high = min(*x, *y), max(*x, *y)
         margin = 0.06 * (high - low) or 0.5
         limits = (low - margin, high + margin)

@@ -269,7 +269,7 @@ F, Q = torch.zeros(2, 3, 9), torch.zeros(2, 9)
         ([F], [F[0, 0]], {}, ValueError, r"teacher\[0\] must have shape \[B, C, T\], got \[9\]"),
         ([F], [Q[:, :8]], {}, ValueError, r"pair 0 must agree in batch and time, got student \[2, 3, 9\] and teacher"),
         ([F, F], [F, F[:1]], {}, ValueError, "pair 1 must agree in batch and time"),
-        ([F], [F.to("meta")], {}, ValueError, "pair 0 must be on one device, got cpu and meta"),
+        ([F], [F.to("meta")], {}, ValueError, "all tensors must be on one device, got cpu, and in pair 0 cpu and meta"),
         ([Q[:, :0]], [Q[:, :0]], {}, ValueError, "pair 0 must have at least one time step"),
         ([F], [F], {"p": 0.5}, ValueError, "p must be finite and at least 1, got 0.5"),
         ([F], [F], {"p": -2}, ValueError, "p must be finite and at least 1, got -2"),

@@ -202,7 +202,8 @@ def test_command_line(tmp_path, capfd):
     command = [sys.executable, "-m", "train.prepare", "voicebank", "--source", str(source), "--out", str(out)]
     done = subprocess.run([*command, "--no-score"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "train      3 pairs" in done.stdout and "p226, p287" in done.stdout and "resampling" in done.stderr
+    assert "train      3 pairs" in done.stdout and "p226, p287" in done.stdout
+    assert done.stderr == ""  # the progress bars are for terminals
     assert len(manifest.load(out).test) == 2
 
     assert main(["voicebank", "--source", str(tmp_path / "none"), "--out", str(tmp_path / "new"), "--no-score"]) == 2
