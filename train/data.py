@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from mvat.audio import SAMPLE_RATE
 from train.tempo import change_tempo
-
-SAMPLE_RATE = 16_000
 
 
 class Pair(NamedTuple):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvat.audio import SAMPLE_RATE
 from mvat.files import write_text
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 FORMAT = "mvat-manifest-1"
-SAMPLE_RATE = 16000
 SPLITS = ("train", "valid", "test")
 SOURCES = ("voicebank", "voices", "synthetic")
 _NAME = "manifest.json"

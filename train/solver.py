@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mvat.audio import SAMPLE_RATE
 from mvat.files import write_text
 from mvat.losses import SHORTEST, weighted_mrstft_loss
 from mvat.metrics import METRICS, score_files
@@ -65,8 +66,8 @@ class Solver:
         self.accelerator = _accelerator(optim)
         self.examples = Segments(
             train_pairs,
-            round(data.segment_seconds * 16_000),
-            round(data.stride_seconds * 16_000),
+            round(data.segment_seconds * SAMPLE_RATE),
+            round(data.stride_seconds * SAMPLE_RATE),
             data.tempo,
             data.tempo_share,
             config.seed,
@@ -151,8 +152,10 @@ class Solver:
             raise RunError(f"valid.metrics must be some of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
         if valid.select != "loss" and valid.select not in valid.metrics:
             raise RunError(f'valid.select must be "loss" or one of valid.metrics, got {valid.select!r}')
-        if round(data.segment_seconds * 16_000) < SHORTEST:
-            raise RunError(f"data.segment_seconds must be at least {SHORTEST / 16_000:.4f}, got {data.segment_seconds}")
+        if round(data.segment_seconds * SAMPLE_RATE) < SHORTEST:
+            raise RunError(
+                f"data.segment_seconds must be at least {SHORTEST / SAMPLE_RATE:.4f}, got {data.segment_seconds}"
+            )
         if data.stride_seconds <= 0:
             raise RunError(f"data.stride_seconds must be positive, got {data.stride_seconds}")
         if not 0 < data.tempo[0] <= data.tempo[1]:
