@@ -174,11 +174,6 @@ Tensor attention_map_backward(const Tensor& grad_any, const Tensor& x_any, doubl
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mvat, m) {
-  m.def("attention_map(Tensor x, float p) -> Tensor");
-  m.def("attention_map_backward(Tensor grad, Tensor x, float p) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) {
   m.impl("attention_map", TORCH_BOX(&attention_map));
   m.impl("attention_map_backward", TORCH_BOX(&attention_map_backward));

@@ -27,11 +27,17 @@ def _load() -> str | None:
 _missing = _load()
 
 
-def missing(operator: str) -> str | None:
-    """Why torch.ops.mvat.<operator> is not there, with the command that mends it; None where it is.
+def missing(operator: str, device_type: str = "cpu") -> str | None:
+    """Why torch.ops.mvat.<operator> has no kernel for this device, with the command that mends it; None where it has.
 
     To be asked once, at import: torch.compile wants its operators registered before it traces.
     """
-    if _missing is None and not hasattr(torch.ops.mvat, operator):
-        return f"the C++ extension is older than this source and has no {operator}; {_REBUILD}"
-    return _missing
+    if _missing is not None:
+        return _missing
+    # An operator that this library does not know raises; one that it knows may stand there without a kernel.
+    known = hasattr(torch.ops.mvat, operator)
+    if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"mvat::{operator}", device_type.upper()):
+        return None
+    if device_type == "cuda":
+        return f"the C++ extension is built without CUDA (it takes nvcc and a PyTorch with CUDA); {_REBUILD}"
+    return f"the C++ extension is older than this source and has no {operator}; {_REBUILD}"
