@@ -24,13 +24,13 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks --quick >/dev/null
 	$(BIN)/pytest -q
 
-bench: venv
-	$(BIN)/python -m benchmarks
-
-bench-kernels: venv
-	$(BIN)/python -m benchmarks --kernels
+# The results become files; the pages and README's tables follow them, also where a row made the run fail.
+bench bench-kernels: venv
+	status=0; $(BIN)/python -m benchmarks $(if $(filter bench-kernels,$@),--kernels) || status=$$?; \
+		$(BIN)/python -m benchmarks.publish && exit $$status
 
 bench-quick: venv
 	$(BIN)/python -m benchmarks --quick

@@ -3,13 +3,16 @@
     python -m benchmarks               ops, model, training and distillation step; the results become a file
     python -m benchmarks --kernels     the ops alone
     python -m benchmarks --quick       answers only, on tiny shapes, in under a minute; nothing is timed or written
+    python -m benchmarks --missing     only what no results of this machine and this code hold yet
 
 Ends with status 1 if an answer is wrong, a variant fails, or a share of the floor is impossible.
 """
 
 import argparse
 import importlib
+import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,10 +41,21 @@ def collect(names: Sequence[str], settings: Settings) -> list[Case]:
     return [case for name in names for case in importlib.import_module(f"benchmarks.bench_{name}").cases(settings)]
 
 
-def run(cases: Sequence[Case], settings: Settings, rates: Rates | None) -> Iterator[Row]:
-    """All rows, each printed when it is there."""
-    group = ""
+def held(folder: Path, code: str) -> set[str]:
+    """The benchmarks that results in a machine's folder hold for this code."""
+    files = [results.read(path) for path in sorted(folder.glob("*.json"))]
+    return {row.op for rows, _, commit in files if commit.get("code") == code for row in rows}
+
+
+def run(cases: Sequence[Case], settings: Settings, rates: Rates | None, seconds: float = math.inf) -> Iterator[Row]:
+    """All rows, each printed when it is there; after so many seconds no further case is begun."""
+    group, started = "", time.monotonic()
     for number, case in enumerate(cases, 1):
+        if time.monotonic() - started > seconds:
+            print(
+                f"{seconds:g} s are over: {len(cases) - number + 1} of {len(cases)} cases are not measured", flush=True
+            )
+            return
         for row in measure(case, settings, rates):
             if row.group != group:
                 group = row.group
@@ -69,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extent.add_argument("--quick", action="store_true", help="check answers on tiny shapes; time and write nothing")
     extent.add_argument("--kernels", action="store_true", help="the ops alone, no model, no step")
     parser.add_argument("--only", choices=KERNELS + WHOLE, help="one benchmark alone")
+    parser.add_argument("--missing", action="store_true", help="leave out what results of this machine and code hold")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many seconds")
     parser.add_argument("--manner", type=Path, help="a checkout of MANNER's original repository, to compare with")
     parser.add_argument(
         "--out", type=Path, default=machine.RESULTS, help="folder of the results (default: %(default)s)"
@@ -81,14 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(torch.get_num_threads())  # fixed from here on
     settings = Settings(device, options.quick, options.manner)
     names = (options.only,) if options.only else KERNELS if options.kernels else KERNELS + WHOLE
+    if options.missing:
+        there = held(machine.RESULTS / machine.name(device), machine.code_digest())
+        names = tuple(name for name in names if name not in there)
     rates = None if options.quick else Rates(device)
     warning = "" if options.quick else busy()
     if warning:
         print(f"WARNING: {warning}; the times below will not repeat", flush=True)
-    rows = list(run(collect(names, settings), settings, rates))
+    rows = list(run(collect(names, settings), settings, rates, options.seconds))
 
     problems = [row.problem for row in rows if row.problem]
-    if rates is not None:
+    if rates is not None and rows:
         noisy = [row for row in rows if row.noisy]
         info = machine.machine_info(device) | {"rates": rates.as_dict(), "warning": warning, "noisy_rows": len(noisy)}
         commit = machine.commit_info()

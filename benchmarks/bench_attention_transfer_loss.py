@@ -15,13 +15,10 @@ from mvat.models.blocks import ChannelAttention
 _VIEWS = 3
 
 
-def _features(student: str, teacher: str, point: Point) -> list[Tensor]:
-    """The student's views, which want a gradient, then the teacher's."""
-    sides = [
-        [torch.randn(point.batch, layer.channels, layer.length) for layer in found for _ in range(_VIEWS)]
-        for found in (layers(preset, point.samples, ChannelAttention) for preset in (student, teacher))
-    ]
-    return [x.requires_grad_() for x in sides[0]] + sides[1]
+def _shapes(preset: str, point: Point) -> list[tuple[int, int, int]]:
+    """Of a model's views."""
+    found = layers(preset, point.samples, ChannelAttention)
+    return [(point.batch, layer.channels, layer.length) for layer in found for _ in range(_VIEWS)]
 
 
 def _reference(*features: Tensor) -> Tensor:
@@ -38,13 +35,28 @@ def cases(settings: Settings) -> Iterator[Case]:
     student, teacher = ("tiny", "tiny") if settings.quick else ("s-8.1gf", "base")
     for point in points(settings.quick):
         if point.preset == student:
-            pairs = _VIEWS * len(layers(student, point.samples, ChannelAttention))
+            shapes = _shapes(student, point), _shapes(teacher, point)
+
+            def inputs(shapes: tuple[list[tuple[int, int, int]], ...] = shapes) -> list[Tensor]:
+                """The student's views, which want a gradient, then the teacher's."""
+                students, teachers = ([torch.randn(shape) for shape in side] for side in shapes)
+                return [x.requires_grad_() for x in students] + teachers
+
             yield Case(
                 "attention_transfer_loss",
-                {"place": f"{student} from {teacher}", "seconds": point.seconds, "B": point.batch, "pairs": pairs},
-                inputs=lambda point=point: _features(student, teacher, point),
+                {
+                    "place": f"{student} from {teacher}",
+                    "seconds": point.seconds,
+                    "B": point.batch,
+                    "pairs": len(shapes[0]),
+                },
+                inputs=inputs,
                 reference=lambda: _reference,
                 variants=op_variants(
-                    _reference, _op, ["attention_transfer_loss", "attention_map"], settings, point.named
+                    _reference,
+                    _op,
+                    ["attention_transfer_loss", "attention_map"],
+                    settings,
+                    point.seconds == 4 and point.batch <= 4,
                 ),
             )

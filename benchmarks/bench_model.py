@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import logging
 import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ def _onnx_session(preset: str, samples: int, batch: int) -> Run:
     """The exported reference in ONNX Runtime on the CPU, with PyTorch's number of threads."""
     import onnxruntime
 
-    program = torch.onnx.export(build(preset), (torch.zeros(batch, 1, samples),), dynamo=True)
+    # The exporter warns of a package that the model does not need.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = torch.onnx.export(build(preset), (torch.zeros(batch, 1, samples),), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,18 +54,43 @@ def _onnx(point: Point, settings: Settings) -> Variant:
     )
 
 
+@contextlib.contextmanager
+def _importable(path: Path) -> Iterator[None]:
+    """The folder's modules can be imported; afterwards the interpreter knows as many modules as before."""
+    former = set(sys.modules)
+    sys.path.insert(0, str(path))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path))
+        for name in set(sys.modules) - former:
+            if name == "src" or name.startswith("src.") or isinstance(sys.modules[name], _Absent):
+                del sys.modules[name]
+
+
+class _Absent(types.ModuleType):
+    """Stands in for a package that is not installed."""
+
+
+def _import_alone(name: str) -> types.ModuleType:
+    """Import a module although a package is missing that only its training needs, such as neptune."""
+    while True:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("src"):
+                raise
+            sys.modules[error.name] = _Absent(error.name)
+
+
 def _original(path: Path, preset: str) -> nn.Module:
     """MANNER from a checkout of its authors' repository, with our weights."""
     ours = build(preset)
     arguments: dict[str, Any] = dict(ours.config)
     small = arguments.pop("attention_layers") == "deepest"
-    sys.path.insert(0, str(path))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            module = importlib.import_module("src.models_small" if small else "src.models")
-            model = module.MANNER(**arguments)
-    finally:
-        sys.path.remove(str(path))
+    with _importable(path), contextlib.redirect_stdout(io.StringIO()):
+        module = _import_alone("src.models_small" if small else "src.models")
+        model = module.MANNER(**arguments)
     model.load_state_dict(ours.state_dict())
     return model.eval()
 

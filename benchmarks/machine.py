@@ -1,6 +1,7 @@
 """What a result was measured on, and where it is kept: benchmarks/results/<machine>/<date>-<commit>.json."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -34,9 +35,23 @@ def machine_info(device: str) -> dict[str, Any]:
 
 
 def commit_info() -> dict[str, Any]:
-    """The commit (7 digits, or "unknown" outside a checkout) and whether tracked files differ from it."""
+    """The commit (7 digits, or "unknown" outside a checkout), whether tracked files differ from it, the code's digest.
+
+    The digest is of what is measured, csrc/ and mvat/: it stays when results are committed.
+    """
     commit = _git("rev-parse", "--short=7", "HEAD")
-    return {"id": commit or "unknown", "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"id": commit or "unknown", "dirty": dirty, "code": code_digest()}
+
+
+def code_digest() -> str:
+    """12 hexadecimal digits over the names and contents of the sources in csrc/ and mvat/."""
+    digest = hashlib.sha256()
+    kinds = {".py", ".cpp", ".cu", ".cuh", ".h"}
+    files = (path for folder in ("csrc", "mvat") for path in (_REPOSITORY / folder).rglob("*") if path.suffix in kinds)
+    for path in sorted(files):
+        digest.update(str(path.relative_to(_REPOSITORY)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def results_path(machine: dict[str, Any], commit: dict[str, Any], folder: Path = RESULTS, part: str = "") -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -66,8 +67,18 @@ def _attention_backward_flops(
     return _attention_flops(query, key) * 5 // 2  # the scores once more, and four products
 
 
-#: What PyTorch's counter does not know: the attention kernels of the CPU.
+def _convolution_backward_flops(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, output_mask: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    # A product the size of the forward one for the input's gradient and one for the weight's. PyTorch's own formula
+    # counts the weight's as if there were one group.
+    return (output_mask[0] + output_mask[1]) * 2 * math.prod(x if transposed else grad) * math.prod(weight[1:])
+
+
+#: What PyTorch's counter does not know, the attention kernels of the CPU, or gets wrong.
 _FORMULAS = {
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

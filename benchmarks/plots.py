@@ -1,18 +1,25 @@
-"""python -m benchmarks.plots RESULTS.json FOLDER: pictures (PNG) of a results file.
+"""Pictures (PNG) of results: one an op, and the throughput of the models.
 
-speed-<op>.png (speed against eager), floor-<op>.png (share of the floor), length-<op>.png (time and memory against
-length, one clip), throughput.png (seconds of audio a second).
+An op's picture has four parts: speed against eager and share of the floor (the cases of README's table), and time and
+memory of one clip against its length.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
 from benchmarks.results import Row
-from benchmarks.table import by_variant
+from benchmarks.table import by_variant, in_overview
 from mvat.files import replacing
+
+THROUGHPUT = "throughput.png"
+
+
+def planned(rows: Sequence[Row]) -> list[str]:
+    """The names of the pictures of these rows."""
+    timed = [row for row in rows if row.status == "timed"]
+    names = [f"{op}.png" for op in dict.fromkeys(row.op for row in timed)]
+    return names + [THROUGHPUT] * any(row.audio_seconds for row in timed)
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -21,94 +28,90 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for op in dict.fromkeys(row.op for row in timed):
-        mine = [row for row in timed if row.op == op]
-        eager = {row.group: row.median for row in mine if row.variant == "eager"}
-        against = [row for row in mine if row.variant != "eager" and row.group in eager]
-        if against:
-            title = f"{op}: times as fast as eager"
-            path = folder / f"speed-{op}.png"
-            written.append(_bars(path, against, lambda row, e=eager: e[row.group] / row.median, title, 1.0))
-        title = f"{op}: share of the floor"
-        written.append(_bars(folder / f"floor-{op}.png", mine, lambda row: row.share, title, 1.0))
-        written += _lengths(folder / f"length-{op}.png", mine)
-    models = [row for row in timed if row.audio_seconds]
-    if models:
-        title = "seconds of audio a second"
-        path = folder / "throughput.png"
-        written.append(_bars(path, models, lambda row: row.audio_seconds / row.median, title, None))
+        written.append(_op(folder / f"{op}.png", [row for row in timed if row.op == op]))
+    models = [row for row in timed if row.audio_seconds and row.shape["seconds"] == 4]
+    if THROUGHPUT in planned(rows):
+        figure, axes = _figure(9, 1.4 + 0.17 * len(models), 1, 1)
+        title = "seconds of audio a second, clips of 4 s"
+        _bars(axes[0][0], models, lambda row: row.audio_seconds / row.median, title)
+        written.append(_save(figure, folder / THROUGHPUT))
     return written
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _op(path: Path, rows: Sequence[Row]) -> Path:
+    shown = [row for row in rows if in_overview(row)]
+    eager = {row.group: row.median for row in shown if row.variant == "eager"}
+    against = [row for row in shown if row.variant != "eager" and row.group in eager]
+    figure, axes = _figure(14, 5.5 + 0.2 * len(shown), 2, 2)
+    _bars(axes[0][0], against, lambda row: eager[row.group] / row.median, "times as fast as eager", 1.0)
+    _bars(axes[0][1], shown, lambda row: row.share, "share of the floor", 1.0)
+    _lengths(*axes[1], rows)
+    figure.suptitle(rows[0].op)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Any, Any]:
     """A figure drawn without a screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _save(figure: Any, path: Path) -> Path:
     with replacing(path) as part:
-        figure.savefig(part, dpi=110)
+        figure.savefig(part, format="png", dpi=90)
     return path
 
 
-def _bars(path: Path, rows: Sequence[Row], value: Callable[[Row], float], title: str, mark: float | None) -> Path:
-    """One bar a row, coloured by variant; a line at `mark`."""
-    figure, axes = _figure(9, 1.2 + 0.25 * len(rows))
+def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float], title: str, mark: float | None = None) -> None:
+    """One bar a row, coloured by variant, the rows of a case side by side; a line at `mark`."""
+    places = {id(row): place for place, row in enumerate(sorted(rows, key=lambda row: _case(row)))}
     for variant, colour in _colours(rows):
-        places = [i for i, row in enumerate(rows) if row.variant == variant]
-        axes.barh(places, [value(rows[i]) for i in places], color=colour, label=variant)
-    axes.set_yticks(range(len(rows)), [row.group.removeprefix(f"{row.op} ") for row in rows], fontsize=7)
+        mine = [row for row in rows if row.variant == variant]
+        bars = axes.barh([places[id(row)] for row in mine], [value(row) for row in mine], color=colour, label=variant)
+        axes.bar_label(bars, fmt="%.3g", fontsize=6, padding=2)
+    cases: dict[str, list[int]] = {}
+    for row in rows:
+        cases.setdefault(_case(row), []).append(places[id(row)])
+    axes.set_yticks([sum(at) / len(at) for at in cases.values()], list(cases), fontsize=7)
     axes.invert_yaxis()
     if mark is not None:
         axes.axvline(mark, color="black", linewidth=0.8)
-    axes.set_title(title)
-    axes.legend(fontsize=7)
-    return _save(figure, path)
+    axes.set_title(title, fontsize=10)
+    if rows:
+        axes.legend(fontsize=7)
 
 
-def _lengths(path: Path, rows: Sequence[Row]) -> Iterator[Path]:
-    """Time and memory against length with one clip, a line for each variant, place and pass; nothing without a line."""
+def _case(row: Row) -> str:
+    places = " ".join(str(row.shape[key]) for key in ("stage", "place") if key in row.shape)
+    return f"{row.op} {places}, B {row.shape['B']}, {row.dtype} {row.pass_name}"
+
+
+def _lengths(time: Any, memory: Any, rows: Sequence[Row]) -> None:
+    """Time and memory against length with one clip, a line for each variant, place and pass that has two points."""
     key = "seconds" if "seconds" in rows[0].shape else "T"
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.shape.get("B") == 1:
             rest = " ".join(str(v) for k, v in row.shape.items() if k not in ("B", key))
             lines.setdefault(f"{row.variant} {rest} {row.pass_name}", []).append(row)
-    lines = {label: sorted(line, key=lambda row: row.shape[key]) for label, line in lines.items() if len(line) > 1}
-    if not lines:
-        return
-    figure, (time, memory) = _figure(13, 5, columns=2)
     for label, line in lines.items():
-        lengths = [row.shape[key] for row in line]
-        time.loglog(lengths, [1e3 * row.median for row in line], marker="o", label=label)
-        memory.loglog(lengths, [max(row.peak_extra or 0, 1) / 1e6 for row in line], marker="o")
-    name = "length in seconds" if key == "seconds" else "length in samples"
-    for axes, what in ((time, "milliseconds"), (memory, "peak extra memory in MB")):
-        axes.set_xlabel(name)
-        axes.set_title(f"{rows[0].op}: {what}")
-    time.legend(fontsize=6)
-    yield _save(figure, path)
+        line.sort(key=lambda row: row.shape[key])
+        if len(line) > 1:
+            lengths = [row.shape[key] for row in line]
+            time.loglog(lengths, [1e3 * row.median for row in line], marker="o", markersize=3, label=label)
+            memory.loglog(lengths, [max(row.peak_extra or 0, 1) / 1e6 for row in line], marker="o", markersize=3)
+    for axes, what in ((time, "milliseconds, one clip"), (memory, "peak extra memory in MB, one clip")):
+        axes.set_xlabel("length in seconds" if key == "seconds" else "length in samples")
+        axes.set_title(what, fontsize=10)
+    if time.lines:
+        time.legend(fontsize=5)
 
 
 def _colours(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """A colour for each variant, in fixed order."""
     for i, variant in enumerate(by_variant(rows)):
         yield variant, f"C{i}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="a file of benchmarks/results/")
-    parser.add_argument("folder", type=Path, help="where the pictures go")
-    options = parser.parse_args(arguments)
-    for path in draw(results.read(options.results)[0], options.folder):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

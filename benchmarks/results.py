@@ -144,8 +144,8 @@ def write(path: Path, rows: Iterable[Row], machine: Mapping[str, Any], commit: M
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a results file and its machine; timed rows first.
+def read(path: str | Path) -> tuple[list[Row], dict[str, Any], dict[str, Any]]:
+    """The rows of a results file, timed rows first, its machine and its commit.
 
     Raises:
         ValueError: if it is no results file of this harness; names it.
@@ -153,6 +153,6 @@ def read(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         timed = [Row(**b["extra_info"], samples=b["stats"]["data"]) for b in content["benchmarks"]]
-        return timed + [Row(**row) for row in content["untimed"]], content["machine_info"]
+        return timed + [Row(**row) for row in content["untimed"]], content["machine_info"], content["commit_info"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a results file of `python -m benchmarks` ({error!r})") from None

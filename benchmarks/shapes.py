@@ -103,11 +103,15 @@ def _calls(preset: str, samples: int) -> list[tuple[str, nn.Module, torch.Size]]
 
 
 def places(kind: type[nn.Module], quick: bool, ending: str = "") -> Iterator[tuple[Layer, Point, dict[str, Any]]]:
-    """At every point the longest and the deepest layer of a kind, each shape once, with its names for the results."""
+    """At every point the longest and the deepest layer of a kind, with four clips the first one too.
+
+    Each shape comes once, with its names for the results.
+    """
     seen = set()
     for point in points(quick):
         everywhere = layers(point.preset, point.samples, kind, ending)
-        for layer in (max(everywhere, key=lambda x: x.length), min(everywhere, key=lambda x: x.length)):
+        ends = [max(everywhere, key=lambda x: x.length), min(everywhere, key=lambda x: x.length)]
+        for layer in (*ends, *everywhere[: point.batch == 4]):
             key = (point.batch, layer.channels, layer.length)
             if key not in seen:
                 seen.add(key)

@@ -1,41 +1,90 @@
-"""python -m benchmarks.table RESULTS.json: the results as Markdown, one table an op."""
+"""Results as Markdown: every row of an op, or the few that README shows."""
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import results
 from benchmarks.results import Row
 
 _SHORT = {"does not fit": "does not fit", "absent": "–", "left out": "too long", "wrong": "WRONG", "failed": "FAILED"}
 
 
-def markdown(rows: Sequence[Row], machine: dict[str, Any]) -> str:
-    """Tables of medians; in brackets the speed against the first variant, and the share of the floor."""
-    text = [
-        f"Measured on {machine['gpu'] or machine['cpu']} ({machine['threads']} threads, {machine['device']}), PyTorch "
-        f"{machine['versions']['torch']}, {machine['date'][:10]}. A cell: median (speed against eager, share of the "
-        "floor); `~` where the machine was noisy; – where there is nothing to run."
-    ]
-    if machine.get("warning"):
-        text.append(f"**Not to be trusted: {machine['warning']}.**")
-    for op in dict.fromkeys(row.op for row in rows):
-        text.append(f"**{op}**\n\n" + _table([row for row in rows if row.op == op]))
-    return "\n\n".join(text) + "\n"
+#: What README calls the variants, in the order of its columns.
+_TITLES = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "stock": "best of PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "manner": "MANNER's own code",
+    "fused": "mvat",
+}
+#: The sides of a pass in README's cells.
+_PASSES = ("forward", "forward+backward", "step")
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """One line a case and pass, one column a variant that ran or could have run somewhere."""
+def measured_on(machine: dict[str, Any], commit: dict[str, Any]) -> str:
+    """What, where and when, in one line."""
+    where = f"{machine['gpu'] or machine['cpu']} ({machine['threads']} threads, {machine['device']})"
+    when = f"{machine['date'][:10]}, commit {commit['id']}{' with changes' if commit['dirty'] else ''}"
+    warning = f"; **not to be trusted: {machine['warning']}**" if machine.get("warning") else ""
+    return f"{where}, PyTorch {machine['versions']['torch']}, {when}{warning}"
+
+
+def full(rows: Sequence[Row]) -> str:
+    """One line a case and pass, one column a variant that ran or could have run somewhere.
+
+    A cell: the median (speed against eager, share of the floor); ~ where the machine was noisy; – where there is
+    nothing to run.
+    """
     variants = [name for name in by_variant(rows) if any(r.status != "absent" for r in rows if r.variant == name)]
     lines = ["| case | pass | " + " | ".join(variants) + " |", "|---|---|" + "---|" * len(variants)]
     for group in dict.fromkeys(row.group for row in rows):
         members = {row.variant: row for row in rows if row.group == group}
         first = next(iter(members.values()))
-        case = ", ".join(str(v) if k in ("place", "stage") else f"{k} {v}" for k, v in first.shape.items())
+        case = _case(first)
         cells = [cell(members.get(name), members.get("eager")) for name in variants]
         lines.append(f"| {case} | {first.pass_name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
+
+
+def overview(rows: Iterable[Row]) -> str:
+    """README's table: of every op the longest feature of each preset, of every model the clips of four seconds.
+
+    A cell: milliseconds forward, and forward and backward.
+    """
+    chosen: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if in_overview(row):
+            chosen.setdefault((row.op, _case(row)), []).append(row)
+    names = {row.variant for members in chosen.values() for row in members if row.status != "absent"}
+    variants = [name for name in _TITLES if name in names or name == "fused"]
+    lines = [
+        "| op | case | " + " | ".join(_TITLES[name] for name in variants) + " |",
+        "|---|---|" + "---:|" * len(variants),
+    ]
+    for (op, case), members in chosen.items():
+        cells = [_both([row for row in members if row.variant == name]) for name in variants]
+        lines.append(f"| {op} | {case} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def in_overview(row: Row) -> bool:
+    """Whether the row is of four seconds of audio: of a whole, one clip or four; of an op, one and its longest feature.
+
+    That is 64084 samples after the last decoder, 16020 before it, in every preset.
+    """
+    if "seconds" in row.shape:
+        return row.shape["seconds"] == 4 and row.shape["B"] in (1, 4)
+    return row.shape["T"] in (64_084, 16_020) and row.shape["B"] == 1
+
+
+def _case(row: Row) -> str:
+    return ", ".join(str(v) if k in ("place", "stage") else f"{k} {v}" for k, v in row.shape.items())
+
+
+def _both(rows: Sequence[Row]) -> str:
+    """The cell of one variant: what its passes took."""
+    ran = sorted((row for row in rows if row.status != "absent"), key=lambda row: _PASSES.index(row.pass_name))
+    return " / ".join(f"{1e3 * r.median:.3g}" if r.status == "timed" else _SHORT[r.status] for r in ran) or "–"
 
 
 def by_variant(rows: Sequence[Row]) -> list[str]:
@@ -55,15 +104,3 @@ def cell(row: Row | None, eager: Row | None) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("results", type=Path, help="a file of benchmarks/results/")
-    options = parser.parse_args(arguments)
-    print(markdown(*results.read(options.results)), end="")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,8 @@ import torch
 #: A sample on a CPU lasts at least this long, or the clock's own cost would show.
 SHORTEST_SAMPLE = 2e-3
 ROUNDS = (8, 60)
+#: What a quiet machine's speed may change by, on top of the quartiles: on some the clock rate alone does as much.
+DRIFT = 0.05
 
 
 class Clock:
@@ -71,14 +73,15 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def drifts(samples: Sequence[float]) -> bool:
-    """Whether the two halves of the samples disagree by more than their quartiles: neither holds the other's median.
+    """Whether the two halves of the samples disagree, see `disagree`; fewer than eight samples say nothing."""
+    middle = len(samples) // 2
+    return len(samples) >= 8 and disagree(samples[:middle], samples[middle:])
 
-    Fewer than eight samples say nothing.
-    """
-    if len(samples) < 8:
-        return False
-    halves = [quartiles(samples[: len(samples) // 2]), quartiles(samples[len(samples) // 2 :])]
-    return not any(a[0] <= b[1] <= a[2] for a, b in (halves, halves[::-1]))
+
+def disagree(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether neither's quartiles hold the other's median, nor come within DRIFT of it."""
+    ends = quartiles(one), quartiles(other)
+    return not any(a[0] / (1 + DRIFT) <= b[1] <= a[2] * (1 + DRIFT) for a, b in (ends, ends[::-1]))
 
 
 def busy(load: float | None = None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, plots, results, table
+from benchmarks import machine, plots, publish, results, table
 from benchmarks.results import Row
 
 MACHINE = {
@@ -43,7 +43,7 @@ def test_the_file_has_its_place(tmp_path: Path, path: Path) -> None:
 
 
 def test_rows_come_back_as_they_were(path: Path, rows: list[Row]) -> None:
-    assert results.read(path) == (rows, MACHINE)
+    assert results.read(path) == (rows, MACHINE, COMMIT)
 
 
 def test_pytest_benchmark_compares_the_file(tmp_path: Path, path: Path) -> None:
@@ -67,30 +67,75 @@ def test_another_file_is_refused_by_name(tmp_path: Path, content: str) -> None:
 
 
 def test_the_table_shows_winners_losers_and_what_does_not_fit(path: Path) -> None:
-    text = table.markdown(*results.read(path))
-    assert "Test CPU (2 threads, cpu), PyTorch 2.13.0, 2026-01-02" in text
+    text = table.full(results.read(path)[0])
     assert "| base decoder.3, B 1, T 100 | forward | 4.04 ms (1.00x, 12%) | 2.02 ms (2.00x, 25%) |" in text
     assert "| base decoder.3, B 1, T 400 | forward | 8.08 ms (1.00x, 6%) | 16.2 ms (0.50x, 3%) |" in text
     assert "| base decoder.3, B 1, T 800 | forward | does not fit | – |" in text
-    assert "Not to be trusted" not in text
 
 
 def test_the_table_marks_noise_and_drops_peers_that_never_ran() -> None:
     drifting = row("eager", 4, samples=[1e-3] * 8 + [2e-3] * 8)
     absent = row("peer", 0, status="absent", detail="not installed", samples=[])
-    text = table.markdown([drifting, absent], MACHINE | {"warning": "the machine is busy"})
+    text = table.full([drifting, absent])
     assert "| ~1.5 ms (1.00x, 33%) |" in text and "peer" not in text
-    assert "Not to be trusted: the machine is busy" in text
+
+
+def test_a_busy_machine_and_uncommitted_changes_are_said() -> None:
+    assert table.measured_on(MACHINE, COMMIT) == "Test CPU (2 threads, cpu), PyTorch 2.13.0, 2026-01-02, commit abcdef0"
+    text = table.measured_on(MACHINE | {"warning": "the machine is busy"}, COMMIT | {"dirty": True})
+    assert "abcdef0 with changes" in text and "not to be trusted: the machine is busy" in text
+
+
+def test_the_overview_holds_both_passes_of_every_variant() -> None:
+    rows = [row("eager", 4, 64_084), row("fused", 2, 64_084), row("eager", 1, 100)]
+    rows += [row("eager", 8, 64_084), row("manner", 0, 64_084, status="absent", samples=[])]
+    rows[3].pass_name = "forward+backward"
+    text = table.overview(rows)
+    assert "| op | case | eager | mvat |" in text and "T 100" not in text
+    assert "| some_op | base decoder.3, B 1, T 64084 | 4.04 / 8.08 | 2.02 |" in text
 
 
 def test_pictures(tmp_path: Path, rows: list[Row]) -> None:
     model = row("eager", 5, audio_seconds=4.0)
+    model.op, model.shape = "model", {"place": "base", "seconds": 4, "B": 1}
     written = plots.draw([*rows, model], tmp_path / "plots")
-    assert {p.name for p in written} == {
-        "speed-some_op.png", "floor-some_op.png", "length-some_op.png", "throughput.png",
-    }  # fmt: skip
+    assert {p.name for p in written} == {"some_op.png", "model.png", "throughput.png"}
+    assert {p.name for p in written} == set(plots.planned([*rows, model]))
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
     assert plots.draw([], tmp_path / "none") == []
+
+
+@pytest.fixture
+def readme(tmp_path: Path) -> Path:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- end of benchmarks -->\nafter\n")
+    return readme
+
+
+def test_pages_follow_the_newest_results(tmp_path: Path, path: Path, readme: Path) -> None:
+    command = ["--results", str(tmp_path), "--readme", str(readme)]
+    newer = [row("eager", 3, 64_084)]
+    results.write(path.with_name("2026-01-03-1234567.json"), newer, MACHINE | {"date": "2026-01-03T00:00:00"}, COMMIT)
+    assert publish.main([*command, "--check"]) == 1
+    assert readme.read_text().startswith("before\n<!-- benchmarks -->\nold")
+    assert publish.main(command) == 0
+    assert "T 64084 | 3.03" in readme.read_text() and "not measured on a GPU yet" in readme.read_text()
+    assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
+    page = (path.parent / "README.md").read_text()
+    assert "T 64084" in page and "T 100" not in page and "![some_op](some_op.png)" in page
+    assert (path.parent / "some_op.png").is_file()
+    assert publish.main([*command, "--check"]) == 0
+
+
+def test_a_readme_without_a_place_is_refused(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no place\n")
+    assert publish.main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
+    assert "README.md: has no <!-- benchmarks -->" in capsys.readouterr().err
+
+
+def test_the_committed_pages_are_up_to_date() -> None:
+    assert publish.main(["--check"]) == 0
 
 
 def test_the_machine_is_named() -> None:

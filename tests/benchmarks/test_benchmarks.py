@@ -111,8 +111,9 @@ def test_timed_command_writes_a_results_file(tmp_path: Path, monkeypatch: pytest
     assert main(["--only", "attention_map", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*/*.json")
     assert path.name.endswith("-abcdef0-attention_map.json")
-    rows, info = results.read(path)
+    rows, info, commit = results.read(path)
     assert {row.status for row in rows if row.variant == "eager"} == {"timed"} and info["name"] == path.parent.name
+    assert commit["id"] == "abcdef0"
 
 
 def test_a_folder_that_is_not_manner_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

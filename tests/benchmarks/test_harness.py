@@ -163,6 +163,20 @@ def test_attention_on_a_cpu_counts() -> None:
     assert memory.foresee(body).flops == 3 * 50 * 50 * 8 * (4 + 10)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_grouped_convolution_counts_its_groups_backward_too(transposed: bool) -> None:
+    def body() -> Tensor:
+        x = torch.zeros(2, 6, 50, requires_grad=True)
+        weight = torch.zeros(6, 1, 5, requires_grad=True)
+        conv = torch.nn.functional.conv_transpose1d if transposed else torch.nn.functional.conv1d
+        y = conv(x, weight, groups=6)
+        y.sum().backward()
+        return x.grad
+
+    positions = 50 if transposed else 46
+    assert memory.foresee(body).flops == 3 * 2 * 2 * 6 * 5 * positions
+
+
 def test_peak_memory_sees_what_a_call_held_and_gave_back() -> None:
     def body() -> None:
         torch.ones(8_000_000).add_(1)

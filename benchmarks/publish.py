@@ -1,0 +1,128 @@
+"""python -m benchmarks.publish: the pages and pictures of all results, and README's tables, from the committed JSON.
+
+    python -m benchmarks.publish            renew benchmarks/results/<machine>/README.md, its pictures, and README.md
+    python -m benchmarks.publish --check    ends with 1 if a page is not what the results say; writes nothing
+
+Of every op a page shows the newest file that measured it; older files stay as history. In README.md the tables stand
+between `<!-- benchmarks -->` and `<!-- end of benchmarks -->`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import machine, plots, results, table
+from benchmarks.results import Row
+from mvat.files import write_text
+
+_README = Path(__file__).parents[1] / "README.md"
+_BLOCK = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- end of benchmarks -->)", re.DOTALL)
+_REST = "<!-- benchmarks --> and <!-- end of benchmarks -->"
+
+
+class Measured(NamedTuple):
+    """The rows of one op, and the machine and commit they were measured on."""
+
+    rows: list[Row]
+    machine: dict[str, Any]
+    commit: dict[str, Any]
+
+
+def newest(folder: Path) -> dict[str, Measured]:
+    """Of every op of a machine's folder the newest rows.
+
+    Raises:
+        ValueError: if a file is not one of results; names it.
+    """
+    files = [results.read(path) for path in sorted(folder.glob("*.json"))]
+    found: dict[str, Measured] = {}
+    for rows, info, commit in sorted(files, key=lambda file: file[1]["date"]):
+        for op in dict.fromkeys(row.op for row in rows):
+            found[op] = Measured([row for row in rows if row.op == op], info, commit)
+    return found
+
+
+def page(name: str, measured: dict[str, Measured], pictures: Sequence[str]) -> str:
+    """A machine's page: all rows of every op, and the pictures."""
+    parts = [
+        f"# {name}\n\n"
+        "Made by `python -m benchmarks.publish` from the JSON files in this folder; `make bench` measures again. A "
+        "cell: the median (speed against eager, share of the floor). The floor is the time that the products and the "
+        "bytes would take at rates measured in the same run; ~ the machine was noisy; – there is nothing to run.\n"
+    ]
+    for op, (rows, info, commit) in measured.items():
+        picture = f"![{op}]({op}.png)\n\n" if f"{op}.png" in pictures else ""
+        parts.append(f"## {op}\n\n{table.measured_on(info, commit)}.\n\n{picture}{table.full(rows)}")
+    if plots.THROUGHPUT in pictures:
+        parts[0] += f"\n![seconds of audio a second]({plots.THROUGHPUT})\n"
+    return "\n".join(parts)
+
+
+def block(machines: dict[str, dict[str, Measured]]) -> str:
+    """README's part: one table a machine, and a plain word where no GPU was measured."""
+    parts = []
+    for name, measured in machines.items():
+        latest = max(measured.values(), key=lambda m: m.machine["date"])
+        rows = _all(measured)
+        parts.append(
+            f"{table.measured_on(latest.machine, latest.commit)}. Milliseconds, medians of interleaved samples, "
+            f"forward / forward and backward; [all rows and pictures](benchmarks/results/{name}/README.md).\n\n"
+            + table.overview(rows)
+        )
+    if not any(one.machine["gpu"] for measured in machines.values() for one in measured.values()):
+        parts.append("GPU: not measured on a GPU yet.\n")
+    return "\n".join(parts)
+
+
+def pages(folder: Path, readme: Path) -> dict[Path, str]:
+    """What every page should hold: the machines' and README.
+
+    Raises:
+        ValueError: if a results file is malformed, or README has no place for the tables.
+    """
+    machines = {path.name: newest(path) for path in sorted(folder.iterdir()) if any(path.glob("*.json"))}
+    made = {}
+    for name, measured in machines.items():
+        pictures = sorted(plots.planned(_all(measured)))
+        made[folder / name / "README.md"] = page(name, measured, pictures)
+    text, count = _BLOCK.subn(lambda m: m[1] + block(machines) + m[2], readme.read_text(encoding="utf-8"))
+    if not count:
+        raise ValueError(f"{readme}: has no {_REST} for the tables")
+    return made | {readme: text}
+
+
+def _all(measured: dict[str, Measured]) -> list[Row]:
+    return [row for one in measured.values() for row in one.rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is out of date")
+    parser.add_argument("--results", type=Path, default=machine.RESULTS, help="default: %(default)s")
+    parser.add_argument("--readme", type=Path, default=_README, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        made = pages(options.results, options.readme)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stale = [path for path, text in made.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if options.check:
+        for path in stale:
+            print(f"{path}: is out of date: python -m benchmarks.publish", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        write_text(path, made[path])
+        print(path)
+    for path in made:
+        if path != options.readme:
+            plots.draw(_all(newest(path.parent)), path.parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
