@@ -22,7 +22,7 @@ from benchmarks import machine, results
 from benchmarks.floors import Rates
 from benchmarks.harness import Case, Settings, measure
 from benchmarks.results import Row
-from benchmarks.timing import busy
+from benchmarks.timing import busy, disagree
 
 KERNELS = (
     "attention_map",
@@ -41,10 +41,25 @@ def collect(names: Sequence[str], settings: Settings) -> list[Case]:
     return [case for name in names for case in importlib.import_module(f"benchmarks.bench_{name}").cases(settings)]
 
 
-def held(folder: Path, code: str) -> set[str]:
-    """The benchmarks that results in a machine's folder hold for this code."""
+def held(folder: Path, code: str) -> list[Row]:
+    """The rows that results in a machine's folder hold for this code."""
     files = [results.read(path) for path in sorted(folder.glob("*.json"))]
-    return {row.op for rows, _, commit in files if commit.get("code") == code for row in rows}
+    return [row for rows, _, commit in files if commit.get("code") == code for row in rows]
+
+
+def repeated(rows: Sequence[Row], former: Sequence[Row]) -> str:
+    """Whether the times are those of former runs of the same code, within their quartiles; "" without a former run."""
+    before = {(row.group, row.variant): row.samples for row in former if row.status == "timed"}
+    pairs = [
+        (row.samples, before[row.group, row.variant])
+        for row in rows
+        if row.status == "timed" and (row.group, row.variant) in before
+    ]
+    if not pairs:
+        return ""
+    apart = sum(disagree(*pair) for pair in pairs)
+    told = f"{len(pairs) - apart} of {len(pairs)} rows agree with a former run of this code within their quartiles"
+    return told + ("; the machine was noisy in one of them" if apart else "")
 
 
 def run(cases: Sequence[Case], settings: Settings, rates: Rates | None, seconds: float = math.inf) -> Iterator[Row]:
@@ -98,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(device, options.quick, options.manner)
     names = (options.only,) if options.only else KERNELS if options.kernels else KERNELS + WHOLE
     if options.missing:
-        there = held(machine.RESULTS / machine.name(device), machine.code_digest())
+        there = {row.op for row in held(machine.RESULTS / machine.name(device), machine.code_digest())}
         names = tuple(name for name in names if name not in there)
     rates = None if options.quick else Rates(device)
     warning = "" if options.quick else busy()
@@ -114,8 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A part of the benchmarks has a file of its own, so that it never replaces the whole.
         part = options.only or ("kernels" if options.kernels else "")
         path = machine.results_path(info, commit, options.out, part)
+        told = repeated(rows, held(path.parent, commit["code"]))
         results.write(path, rows, info, commit)
         print(f"{path}: {len(rows)} rows, {len(noisy)} of them noisy")
+        if told:
+            print(told)
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -12,6 +12,7 @@ from benchmarks.__main__ import KERNELS, WHOLE, collect, main
 from benchmarks.bench_global_attention import stock
 from benchmarks.floors import Rates
 from benchmarks.harness import Settings, Variant, measure
+from benchmarks.results import Row
 from benchmarks.shapes import build, layers, points
 from benchmarks.steps import audio, step
 from mvat.kernels import backend
@@ -99,7 +100,9 @@ def test_quick_command_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_timed_command_writes_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_command_writes_a_results_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class KnownRates(Rates):
         def bandwidth(self, working_set: int) -> float:
             return 1e12
@@ -107,13 +110,24 @@ def test_timed_command_writes_a_results_file(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(command, "collect", lambda names, settings: collect(names, Settings(quick=True))[:1])
     monkeypatch.setattr(command, "Rates", KnownRates)
     monkeypatch.setattr(KnownRates, "peaks", lambda self, dtype: {"product": 1e12})
-    monkeypatch.setattr(machine, "commit_info", lambda: {"id": "abcdef0", "dirty": False})
+    monkeypatch.setattr(machine, "commit_info", lambda: {"id": "abcdef0", "dirty": False, "code": "c0de"})
     assert main(["--only", "attention_map", "--out", str(tmp_path)]) == 0
+    assert "former run" not in capsys.readouterr().out
+    assert main(["--only", "attention_map", "--out", str(tmp_path)]) == 0
+    assert "rows agree with a former run of this code" in capsys.readouterr().out
     (path,) = tmp_path.glob("*/*.json")
     assert path.name.endswith("-abcdef0-attention_map.json")
     rows, info, commit = results.read(path)
     assert {row.status for row in rows if row.variant == "eager"} == {"timed"} and info["name"] == path.parent.name
     assert commit["id"] == "abcdef0"
+
+
+def test_runs_that_disagree_are_told() -> None:
+    rows = [Row("op", {"B": 1}, "forward", "eager", "float32", "timed", samples=[t] * 8) for t in (1.0, 1.02, 2.0)]
+    told = [command.repeated(rows[:1], former) for former in ([], rows[1:2], rows[2:])]
+    assert told[0] == ""
+    assert told[1] == "1 of 1 rows agree with a former run of this code within their quartiles"
+    assert told[2].startswith("0 of 1 rows agree") and told[2].endswith("noisy in one of them")
 
 
 def test_a_folder_that_is_not_manner_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
