@@ -1,8 +1,7 @@
 // Q[b, t] = sum over c of |x[b, c, t]|^p and its gradient, on the CPU.
 //
 // Both are limited by memory, so each input is read once and in place. The work is split over (clip, tile of T): a tile's totals
-// stay in the first-level cache while the channels stream past. Channels are summed eight at a time as a tree in T, the trees in
-// double: as exact as a pairwise sum, and one fixed order whatever the number of threads.
+// stay in the first-level cache while the channels stream past (csrc/cpu/power_sum.h).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,88 +9,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "isa.h"
-#include "power.h"
+#include "power_sum.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-constexpr int64_t kTile = 2048;  // 16 KB of totals
-constexpr int64_t kGroup = 8;
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
-
-enum class Power { kOne, kTwo, kAny };
-
-template <Power P, typename T>
-MVAT_INLINE T power(T x, T p) {
-  if constexpr (P == Power::kTwo) return x * x;
-  if constexpr (P == Power::kOne) return std::fabs(x);
-  return positive_power(x, p);
-}
-
-// grad * d|x|^p/dx. A gradient of 0 at x = 0 holds for every p >= 1.
-template <Power P, typename T>
-MVAT_INLINE T slope(T x, T grad, T p) {
-  if constexpr (P == Power::kTwo) return (grad + grad) * x;
-  const T sign = T(x > 0) - T(x < 0);
-  if constexpr (P == Power::kOne) return grad * sign;
-  return grad * (p * positive_power(x, p - 1)) * sign;
-}
-
-template <int64_t N, Power P, typename T>
-MVAT_INLINE T tree(const T* x, int64_t stride, T p) {
-  if constexpr (N == 1) {
-    return power<P>(*x, p);
-  } else {
-    return tree<N / 2, P>(x, stride, p) + tree<N / 2, P>(x + N / 2 * stride, stride, p);
-  }
-}
-
-template <int64_t N, Power P, typename T>
-MVAT_INLINE void add(const T* x, int64_t stride, int64_t length, T p, double* total) {
-#pragma omp simd
-  for (int64_t t = 0; t < length; t++) total[t] += tree<N, P>(x + t, stride, p);
-}
-
-template <Power P, typename T>
-MVAT_INLINE void map_tile(const T* x, int64_t channels, int64_t stride, int64_t length, T p, T* out) {
-  double total[kTile];
-  std::fill_n(total, length, 0.0);
-  int64_t c = 0;
-  for (; c + kGroup <= channels; c += kGroup) add<kGroup, P>(x + c * stride, stride, length, p, total);
-  if (channels - c >= 4) add<4, P>(x + c * stride, stride, length, p, total), c += 4;
-  if (channels - c >= 2) add<2, P>(x + c * stride, stride, length, p, total), c += 2;
-  if (channels - c >= 1) add<1, P>(x + c * stride, stride, length, p, total);
-  for (int64_t t = 0; t < length; t++) out[t] = T(total[t]);
-}
-
-template <Power P, typename T>
-MVAT_INLINE void grad_tile(const T* grad, const T* x, int64_t channels, int64_t stride, int64_t length, T p, T* dx,
-                           int64_t dx_stride) {
-  for (int64_t c = 0; c < channels; c++, x += stride, dx += dx_stride) {
-#pragma omp simd
-    for (int64_t t = 0; t < length; t++) dx[t] = slope<P>(x[t], grad[t], p);
-  }
-}
-
-// The entries that are compiled once an instruction set: plain functions, as target_clones wants them.
-#define MVAT_ENTRIES(T)                                                                                              \
-  MVAT_CLONES void map_entry(const T* x, int64_t channels, int64_t stride, int64_t length, T p, T* out) {            \
-    if (p == 2) return map_tile<Power::kTwo>(x, channels, stride, length, p, out);                                   \
-    if (p == 1) return map_tile<Power::kOne>(x, channels, stride, length, p, out);                                   \
-    map_tile<Power::kAny>(x, channels, stride, length, p, out);                                                      \
-  }                                                                                                                  \
-  MVAT_CLONES void grad_entry(const T* grad, const T* x, int64_t channels, int64_t stride, int64_t length, T p,      \
-                              T* dx, int64_t dx_stride) {                                                            \
-    if (p == 2) return grad_tile<Power::kTwo>(grad, x, channels, stride, length, p, dx, dx_stride);                  \
-    if (p == 1) return grad_tile<Power::kOne>(grad, x, channels, stride, length, p, dx, dx_stride);                  \
-    grad_tile<Power::kAny>(grad, x, channels, stride, length, p, dx, dx_stride);                                     \
-  }
-MVAT_ENTRIES(float)
-MVAT_ENTRIES(double)
-#undef MVAT_ENTRIES
 
 // How x [B, C, T] is read, and how its (clip, tile) pairs are spread over the threads.
 struct Layout {
@@ -100,14 +23,14 @@ struct Layout {
   explicit Layout(const Tensor& x)
       : batch(x.size(0)), channels(x.size(1)), length(x.size(2)), batch_stride(x.stride(0)), stride(x.stride(1)) {
     // Short and wide features (the deepest block: C 960, T 249) would leave threads idle with long tiles.
-    for (tile = kTile; tile > 64 && batch * ((length + tile - 1) / tile) < 16;) tile /= 2;
+    for (tile = mvat::kTile; tile > 64 && batch * ((length + tile - 1) / tile) < 16;) tile /= 2;
     tiles = (length + tile - 1) / tile;
   }
 
   // Calls work(clip, start, length) for every tile.
   template <typename Work>
   void each_tile(const Work& work) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain / (tile * std::max<int64_t>(1, channels)));
+    const int64_t grain = std::max<int64_t>(1, mvat::kGrain / (tile * std::max<int64_t>(1, channels)));
     torch::stable::parallel_for(0, batch * tiles, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t start = i % tiles * tile;
@@ -116,11 +39,6 @@ struct Layout {
     });
   }
 };
-
-// x as it is where samples lie side by side, whatever the other strides; a copy otherwise.
-Tensor readable(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
 
 void check(const Tensor& x, double p) {
   STD_TORCH_CHECK(x.dim() == 3, "attention_map: expected x [B, C, T], got ", x.dim(), " dimensions");
@@ -135,8 +53,8 @@ void map(const Tensor& x, double p, Tensor& out) {
   const T* source = x.const_data_ptr<T>();
   T* target = out.mutable_data_ptr<T>();
   layout.each_tile([&](int64_t clip, int64_t start, int64_t length) {
-    map_entry(source + clip * layout.batch_stride + start, layout.channels, layout.stride, length, T(p),
-              target + clip * layout.length + start);
+    mvat::map_tile(source + clip * layout.batch_stride + start, layout.channels, layout.stride, length, T(p),
+                   target + clip * layout.length + start);
   });
 }
 
@@ -147,14 +65,14 @@ void grad_map(const Tensor& grad, const Tensor& x, double p, Tensor& dx) {
   const T* source = x.const_data_ptr<T>();
   T* target = dx.mutable_data_ptr<T>();
   layout.each_tile([&](int64_t clip, int64_t start, int64_t length) {
-    grad_entry(upper + clip * layout.length + start, source + clip * layout.batch_stride + start, layout.channels,
-               layout.stride, length, T(p), target + clip * layout.channels * layout.length + start, layout.length);
+    mvat::grad_tile(upper + clip * layout.length + start, source + clip * layout.batch_stride + start, layout.channels,
+                    layout.stride, length, T(p), target + clip * layout.channels * layout.length + start, layout.length);
   });
 }
 
 Tensor attention_map(const Tensor& x_any, double p) {
   check(x_any, p);
-  const Tensor x = readable(x_any);
+  const Tensor x = mvat::readable(x_any);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(2)});
   x.scalar_type() == ScalarType::Float ? map<float>(x, p, out) : map<double>(x, p, out);
   return out;
@@ -165,7 +83,7 @@ Tensor attention_map_backward(const Tensor& grad_any, const Tensor& x_any, doubl
   STD_TORCH_CHECK(grad_any.dim() == 2 && grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(2) &&
                       grad_any.scalar_type() == x_any.scalar_type(),
                   "attention_map_backward: expected grad [B, T] in the dtype of x [B, C, T]");
-  const Tensor x = readable(x_any);
+  const Tensor x = mvat::readable(x_any);
   const Tensor grad = torch::stable::contiguous(grad_any);
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   x.scalar_type() == ScalarType::Float ? grad_map<float>(grad, x, p, dx) : grad_map<double>(grad, x, p, dx);

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mvat.kernels import native
 from mvat.kernels.attention_map import attention_map, attention_map_reference
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
 from mvat.kernels.checks import check_features, check_power
-
-register("attention_transfer_loss", not_written)
 
 FORMS = ("paper", "code")
 REDUCTIONS = ("sum", "none")
@@ -124,7 +123,67 @@ def attention_transfer_loss(
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     check_power(op, p)
     _check_pairs(op, student, teacher)
-    use_fused(op, student[0])
+    if use_fused(op, student[0]) and all(x.dtype == student[0].dtype for side in (student, teacher) for x in side):
+        teacher = [x.detach() if x.requires_grad else x for x in teacher]
+        losses = torch.ops.mvat.attention_transfer_loss(list(student), teacher, float(p), form == "paper")[0]
+        return losses.sum() if reduction == "sum" else losses
     student_maps = [attention_map(f, p) if f.dim() == 3 else _as_float_map(f) for f in student]
     teacher_maps = [attention_map(f.detach(), p) if f.dim() == 3 else _as_float_map(f.detach()) for f in teacher]
     return _maps_distance(student_maps, teacher_maps, form, reduction)
+
+
+_missing = native.missing("attention_transfer_loss")
+
+
+def _supports(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return NOT_WRITTEN
+    return _missing
+
+
+register("attention_transfer_loss", _supports)
+
+
+def _fake(student, teacher, p, paper):
+    x = student[0]
+    clips = sum(f.shape[0] for f in student)
+    samples = sum(f.shape[0] * f.shape[-1] for f in student)
+    return x.new_empty((len(student),)), x.new_empty((2 * samples,)), x.new_empty((clips, 4))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, _, ctx.p, ctx.paper = inputs
+    _, maps, scalars = output
+    ctx.mark_non_differentiable(maps, scalars)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*student, maps, scalars)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:  # nobody asked for the loss: its gradient is not made up from zeros
+        return [None] * len(ctx.needs_input_grad[0]), [None] * len(ctx.needs_input_grad[1]), None, None
+    *student, maps, scalars = ctx.saved_tensors
+    needed = ctx.needs_input_grad[0]
+    # A feature of no channels in the place of a tensor that wants no gradient costs nothing and keeps the maps' order.
+    student = [
+        x if wanted else (x if x.dim() == 3 else x[:, None])[:, :0] for x, wanted in zip(student, needed, strict=True)
+    ]
+    gradients = torch.ops.mvat.attention_transfer_loss_backward(grad, student, maps, scalars, ctx.p, ctx.paper)
+    return [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)], [None] * len(student), None, None
+
+
+def _second_backward(ctx, grads):
+    raise RuntimeError(
+        "attention_transfer_loss: a second derivative is not supported by the fused kernel; "
+        "use mvat.kernels.use_backend('eager')"
+    )
+
+
+if _missing is None:
+    torch.library.register_fake("mvat::attention_transfer_loss", _fake)
+    torch.library.register_fake(
+        "mvat::attention_transfer_loss_backward",
+        lambda grad, student, maps, scalars, p, paper: [x.new_empty(x.shape) for x in student],
+    )
+    torch.library.register_autograd("mvat::attention_transfer_loss", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("mvat::attention_transfer_loss_backward", _second_backward)
