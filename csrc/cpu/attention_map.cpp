@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "features.h"
 #include "isa.h"
 #include "power.h"
 
@@ -116,11 +117,6 @@ struct Layout {
     });
   }
 };
-
-// x as it is where samples lie side by side, whatever the other strides; a copy otherwise.
-Tensor readable(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
 
 void check(const Tensor& x, double p) {
   STD_TORCH_CHECK(x.dim() == 3, "attention_map: expected x [B, C, T], got ", x.dim(), " dimensions");
