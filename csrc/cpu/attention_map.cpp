@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "features.h"
 #include "power_sum.h"
 
 using torch::headeronly::ScalarType;
@@ -72,7 +73,7 @@ void grad_map(const Tensor& grad, const Tensor& x, double p, Tensor& dx) {
 
 Tensor attention_map(const Tensor& x_any, double p) {
   check(x_any, p);
-  const Tensor x = mvat::readable(x_any);
+  const Tensor x = readable(x_any);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(2)});
   x.scalar_type() == ScalarType::Float ? map<float>(x, p, out) : map<double>(x, p, out);
   return out;
@@ -83,7 +84,7 @@ Tensor attention_map_backward(const Tensor& grad_any, const Tensor& x_any, doubl
   STD_TORCH_CHECK(grad_any.dim() == 2 && grad_any.size(0) == x_any.size(0) && grad_any.size(1) == x_any.size(2) &&
                       grad_any.scalar_type() == x_any.scalar_type(),
                   "attention_map_backward: expected grad [B, T] in the dtype of x [B, C, T]");
-  const Tensor x = mvat::readable(x_any);
+  const Tensor x = readable(x_any);
   const Tensor grad = torch::stable::contiguous(grad_any);
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   x.scalar_type() == ScalarType::Float ? grad_map<float>(grad, x, p, dx) : grad_map<double>(grad, x, p, dx);

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "features.h"
 #include "power_sum.h"
 
 using mvat::kGrain;
@@ -281,7 +282,7 @@ std::vector<Tensor> checked(const char* op, const std::vector<Tensor>& tensors, 
     STD_TORCH_CHECK((x.dim() == 2 || x.dim() == 3) && x.size(-1) > 0, op,
                     ": expected features [B, C, T] or maps [B, T] with at least one sample");
     STD_TORCH_CHECK(x.scalar_type() == dtype, op, ": expected tensors of one dtype, float32 or float64");
-    result.push_back(mvat::readable(x));
+    result.push_back(readable(x));
   }
   return result;
 }

@@ -1,9 +1,6 @@
 // Sums of p-th powers over channels and their gradients, a tile of time at a time: what every operator on attention maps shares.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 
 namespace mvat {
@@ -23,11 +20,5 @@ void grad_tile(const float* grad, const float* x, int64_t channels, int64_t stri
                int64_t dx_stride);
 void grad_tile(const double* grad, const double* x, int64_t channels, int64_t stride, int64_t length, double p, double* dx,
                int64_t dx_stride);
-
-// x as it is where samples lie side by side, whatever the other strides; a copy otherwise.
-inline torch::stable::Tensor readable(const torch::stable::Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
 
 }  // namespace mvat

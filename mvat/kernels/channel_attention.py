@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels import native
+from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
 from mvat.kernels.checks import check_features, check_parameter
-
-register("channel_attention", not_written)
 
 
 def channel_attention_reference(
@@ -56,5 +55,63 @@ def channel_attention(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weigh
     check_parameter(op, "fc2_bias", fc2_bias, (n,), x)
     if n == 0 or x.shape[2] == 0:
         raise ValueError(f"{op}: x must have at least one channel and one sample in time, got shape {list(x.shape)}")
-    use_fused(op, x)
+    if use_fused(op, x):
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parameters = (p.to(wide) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+        return torch.ops.mvat.channel_attention(x, *parameters)[0]
     return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+
+_missing = native.missing("channel_attention")
+
+
+def _supports(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return NOT_WRITTEN
+    return _missing
+
+
+register("channel_attention", _supports)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight1, bias1, weight2, _ = inputs
+    _, gate, pooled, index = output
+    ctx.mark_non_differentiable(gate, pooled, index)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gate, pooled, index, weight1, bias1, weight2)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
+    return torch.ops.mvat.channel_attention_backward(grad, *ctx.saved_tensors)
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError(
+        "channel_attention: a second derivative is not supported by the fused kernel; "
+        "use mvat.kernels.use_backend('eager')"
+    )
+
+
+def _fake(x, weight1, bias1, weight2, bias2):
+    rows = x.shape[:2]
+    return (
+        x.new_empty(x.shape),
+        weight1.new_empty(rows),
+        weight1.new_empty((2, *rows)),
+        x.new_empty(rows, dtype=torch.int64),
+    )
+
+
+def _fake_backward(grad, x, gate, pooled, index, weight1, bias1, weight2):
+    shapes = weight1.shape, bias1.shape, weight2.shape, weight2.shape[:1]
+    return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
+
+
+if _missing is None:
+    torch.library.register_fake("mvat::channel_attention", _fake)
+    torch.library.register_fake("mvat::channel_attention_backward", _fake_backward)
+    torch.library.register_autograd("mvat::channel_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("mvat::channel_attention_backward", _second_backward)
