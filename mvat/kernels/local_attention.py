@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels import native
+from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
 from mvat.kernels.checks import check_features, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
 from mvat.kernels.depthwise import depthwise_reference
 from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
-
-register("local_attention", not_written)
 
 
 def local_attention_reference(
@@ -78,6 +77,7 @@ def local_attention(
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape or device.
+        RuntimeError: for a second derivative of the fused kernel; or where the back end is "fused" and there is none.
     """
     op = "local_attention"
     check_features(op, "x", x, ("B", "n", "T"))
@@ -92,5 +92,85 @@ def local_attention(
             raise ValueError(f"{op}: {name} must have an odd kernel, got shape {list(weight.shape)}")
     check_norm(op, "norm1", norm1, n, x)
     check_norm(op, "norm2", norm2, 1, x)
-    use_fused(op, x)
+    if use_fused(op, x):
+        return _fused(x, depthwise_weight, Norm(*norm1), conv_weight, Norm(*norm2), segment_len, training)
     return local_attention_reference(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, training)
+
+
+def _fused(
+    x: Tensor, depthwise: Tensor, norm1: Norm, conv: Tensor, norm2: Norm, segment_len: int, training: bool
+) -> Tensor:
+    # The operator leaves every input as it is; the running statistics are moved here.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first, second = ([value.to(wide) for value in norm[:4]] for norm in (norm1, norm2))
+    y, attention, _, _, statistics = torch.ops.mvat.local_attention(
+        x, depthwise.to(wide), *first, conv.to(wide), *second, segment_len, norm1.eps, norm2.eps, training
+    )
+    if training:
+        with torch.no_grad():
+            count = attention.numel()
+            mean, var = statistics[0], statistics[1] * (count / max(count - 1, 1))
+            for norm, part in ((norm1, slice(None, -1)), (norm2, slice(-1, None))):
+                norm.running_mean.mul_(1 - norm.momentum).add_(mean[part], alpha=norm.momentum)
+                norm.running_var.mul_(1 - norm.momentum).add_(var[part], alpha=norm.momentum)
+    return y
+
+
+_missing = native.missing("local_attention")
+
+
+def _supports(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return NOT_WRITTEN
+    return _missing
+
+
+register("local_attention", _supports)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, depthwise, weight1, bias1, _, _, conv, weight2, _, _, _, *ctx.rest = inputs
+    _, *saved = output
+    ctx.save_for_backward(x, depthwise, weight1, bias1, conv, weight2, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 15
+    gradients = torch.ops.mvat.local_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    dx, depthwise, weight1, bias1, conv, weight2, bias2 = gradients
+    return dx, depthwise, weight1, bias1, None, None, conv, weight2, bias2, None, None, None, None, None, None
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError(
+        "local_attention: a second derivative is not supported by the fused kernel; "
+        "use mvat.kernels.use_backend('eager')"
+    )
+
+
+def _fake(x, depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2, segment_len, *_):
+    batch, n, length = x.shape
+    chunks = (length + segment_len) // (segment_len // 2) + 1
+    wide = weight1.dtype
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((batch, chunks, segment_len), dtype=wide),
+        x.new_empty((batch, 2, chunks, segment_len), dtype=wide),
+        x.new_empty((batch, chunks, segment_len), dtype=torch.int32),
+        x.new_empty((2, n + 1), dtype=wide),
+    )
+
+
+def _fake_backward(grad, x, depthwise, weight1, bias1, conv, weight2, *_):
+    shapes = (depthwise.shape, weight1.shape, bias1.shape, conv.shape, weight2.shape, weight2.shape)
+    return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
+
+
+if _missing is None:
+    torch.library.register_fake("mvat::local_attention", _fake)
+    torch.library.register_fake("mvat::local_attention_backward", _fake_backward)
+    torch.library.register_autograd("mvat::local_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("mvat::local_attention_backward", _second_backward)
