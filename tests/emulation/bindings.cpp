@@ -1,7 +1,12 @@
 // The launchers of csrc/cuda, compiled for the emulation, as a Python module. Tensors come as addresses.
 #include <pybind11/pybind11.h>
 
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "../../csrc/cuda/attention_map.h"
+#include "../../csrc/cuda/attention_transfer_loss.h"
 
 namespace py = pybind11;
 using namespace mvat::cuda;
@@ -16,6 +21,13 @@ template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Working memory full of NaN.
+struct Workspace {
+  std::vector<char> bytes;
+  explicit Workspace(int64_t size) : bytes(size + 16, char(0xff)) {}
+  void* data() { return at<void>((reinterpret_cast<uintptr_t>(bytes.data()) + 15) & ~uintptr_t(15)); }
+};
 
 }  // namespace
 
@@ -35,5 +47,18 @@ PYBIND11_MODULE(mvat_emulation, m) {
   m.def("attention_map", [](const Feature& x, float p, uintptr_t map) { attention_map(x, p, at<float>(map), {}); });
   m.def("attention_map_backward", [](uintptr_t grad, const Feature& x, float p, uintptr_t dx) {
     attention_map_backward(at<float>(grad), x, p, at<void>(dx), {});
+  });
+
+  py::class_<Side>(m, "Side").def(py::init([](const Feature& feature, bool is_map) { return Side{feature, is_map}; }));
+  m.def("attention_transfer_loss", [](const std::vector<Side>& student, const std::vector<Side>& teacher, float p, bool paper,
+                                      uintptr_t loss, uintptr_t maps, uintptr_t scalars) {
+    Workspace workspace(attention_transfer_loss_workspace(student.data(), teacher.data(), student.size()));
+    attention_transfer_loss(student.data(), teacher.data(), student.size(), p, paper, at<float>(loss), at<float>(maps),
+                            at<float>(scalars), workspace.data(), {});
+  });
+  m.def("attention_transfer_loss_backward", [](uintptr_t grad, const std::vector<Side>& student, uintptr_t maps,
+                                               uintptr_t scalars, float p, const std::vector<uintptr_t>& dx) {
+    attention_transfer_loss_backward(at<float>(grad), student.data(), student.size(), at<float>(maps), at<float>(scalars), p,
+                                     reinterpret_cast<void* const*>(dx.data()), {});
   });
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mvat.kernels.attention_map import attention_map_reference
+from mvat.kernels.attention_transfer_loss import attention_transfer_loss_reference
 
 pytest.importorskip("pybind11", reason="the emulation's module is built with pybind11")
 pytest.importorskip("ninja", reason="the emulation's module is built with ninja")
@@ -124,3 +125,90 @@ def test_attention_map_of_silence_and_of_nan(emulated: ModuleType) -> None:
         emulated.attention_map_backward(grad.data_ptr(), feature(emulated, x), p, dx.data_ptr())
         assert torch.equal(torch.isnan(q), torch.arange(8)[None] == 3) and not q.nan_to_num().any()
         assert not dx.nan_to_num().any() and torch.isnan(dx).sum() == (p > 1)
+
+
+# ---- attention_transfer_loss
+
+
+def side(emulated: ModuleType, x: Tensor) -> object:
+    """A feature [B, C, T] or a map [B, T]."""
+    return emulated.Side(feature(emulated, x if x.dim() == 3 else x[:, None]), x.dim() == 2)
+
+
+def run_loss(
+    emulated: ModuleType, student: list[Tensor], teacher: list[Tensor], grad: Tensor, p: float, paper: bool
+) -> tuple[Tensor, list[Tensor]]:
+    sides = [side(emulated, x) for x in student]
+    loss, maps = poisoned(len(student)), poisoned(2 * sum(x.shape[0] * x.shape[-1] for x in student))
+    scalars = poisoned(sum(len(x) for x in student), 4)
+    others = [side(emulated, x) for x in teacher]
+    pointers = loss.data_ptr(), maps.data_ptr(), scalars.data_ptr()
+    emulated.attention_transfer_loss(sides, others, p, paper, *pointers)
+    dx = [poisoned(*x.shape, dtype=x.dtype) for x in student]
+    out = [x.data_ptr() for x in dx]
+    emulated.attention_transfer_loss_backward(grad.data_ptr(), sides, *pointers[1:], p, out)
+    return loss, dx
+
+
+def check_loss(emulated: ModuleType, student: list[Tensor], teacher: list[Tensor], p: float, paper: bool) -> None:
+    grad = torch.randn(len(student))
+    loss, dx = run_loss(emulated, student, teacher, grad, p, paper)
+    exact = [x.double().requires_grad_() for x in student]
+    form = "paper" if paper else "code"
+    expected = attention_transfer_loss_reference(
+        exact, [x.double() for x in teacher], p=p, form=form, reduction="none"
+    )
+    gradients = torch.autograd.grad(expected, exact, grad.double())
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=1e-12)
+    for got, gradient in zip(dx, gradients, strict=True):
+        assert_near(got, gradient, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("paper", [True, False])
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0])
+def test_attention_transfer_loss(emulated: ModuleType, p: float, paper: bool, dtype: torch.dtype) -> None:
+    """Pairs of many sizes in one launch; a map for a student, a map for a teacher, no clip at all."""
+    shapes = [(2, 3, 20, 60), (1, 5, 5, 1), (2, 2, 33, 129), (0, 2, 2, 7), (1, 1, 2, 4100), (3, 20, 40, 264)]
+    student = [torch.randn(b, s, t).to(dtype) for b, s, _, t in shapes]
+    teacher = [torch.randn(b, c, t).to(dtype) for b, _, c, t in shapes]
+    student.append(torch.rand(2, 77).to(dtype))
+    teacher.append(torch.randn(2, 3, 77))
+    student.append(torch.randn(2, 3, 80).to(dtype))
+    teacher.append(torch.rand(2, 80))
+    check_loss(emulated, student, teacher, p, paper)
+
+
+def test_attention_transfer_loss_of_more_pairs_than_a_launch_takes(emulated: ModuleType) -> None:
+    student = [torch.randn(1, 2, 4 + i) for i in range(60)]
+    check_loss(emulated, student, [torch.randn_like(x) for x in student], 2.0, True)
+
+
+@pytest.mark.parametrize("paper", [True, False])
+def test_attention_transfer_loss_of_silence_equal_maps_and_nan(emulated: ModuleType, paper: bool) -> None:
+    x, silence = torch.randn(1, 6, 68), torch.zeros(1, 6, 68)
+    # A view that is not aligned takes other tiles.
+    apart = torch.zeros(1, 6, 69)[..., 1:].copy_(x)
+    tiny = torch.full((1, 6, 68), 1e-21)
+    student = [silence, silence, x, x, tiny, x]
+    teacher = [silence, x, x, apart, x, silence]
+    loss, dx = run_loss(emulated, student, teacher, torch.ones(6), 2.0, paper)
+    assert torch.isfinite(loss).all() and not loss[[0, 2, 3]].any() and loss[[1, 4, 5]].all()
+    assert all(torch.isfinite(gradient).all() for gradient in dx)
+    assert not any(gradient.any() for gradient in dx[:5])
+    broken = x.clone()
+    broken[0, 0, 3] = NAN
+    loss, dx = run_loss(emulated, [broken, x], [x, broken], torch.ones(2), 2.0, paper)
+    assert torch.isnan(loss).all() and all(torch.isnan(gradient).all() for gradient in dx)
+
+
+@pytest.mark.parametrize("scale", [1e-17, 1e17])
+def test_attention_transfer_loss_of_extremes(emulated: ModuleType, scale: float) -> None:
+    student, teacher = torch.randn(2, 4, 77), torch.randn(2, 4, 77)
+    check_loss(emulated, [student * scale, student], [teacher, teacher * scale], 2.0, True)
+
+
+def test_attention_transfer_loss_of_close_maps(emulated: ModuleType) -> None:
+    teacher = torch.rand(2, 500) + 1
+    student = teacher * (1 + 1e-5 * torch.randn(2, 500))
+    check_loss(emulated, [student], [teacher], 2.0, True)

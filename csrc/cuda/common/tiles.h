@@ -49,10 +49,16 @@ __device__ inline void sum_channels(const Place<V>& place, int64_t channels, con
   }
 }
 
+// Outside join_rows, so that all its instances share it.
+__device__ inline float* row_stage() {
+  MVAT_SHARED(float, part, kTileThreads * 4);
+  return part;
+}
+
 // Joins the rows' totals in their order and calls emit(column, total) for the tile's first `length` columns.
 template <int V, typename Emit>
 __device__ inline void join_rows(const Place<V>& place, const float (&total)[V], int64_t length, const Emit& emit) {
-  MVAT_SHARED(float, part, kTileThreads * V);
+  float* const part = row_stage();
   const int tile = kTileThreads * V / place.rows;
 #pragma unroll
   for (int v = 0; v < V; v++) part[place.row * tile + place.column + v] = total[v];
