@@ -7,6 +7,7 @@
 
 #include "../../csrc/cuda/attention_map.h"
 #include "../../csrc/cuda/attention_transfer_loss.h"
+#include "../../csrc/cuda/channel_attention.h"
 
 namespace py = pybind11;
 using namespace mvat::cuda;
@@ -60,5 +61,20 @@ PYBIND11_MODULE(mvat_emulation, m) {
                                                uintptr_t scalars, float p, const std::vector<uintptr_t>& dx) {
     attention_transfer_loss_backward(at<float>(grad), student.data(), student.size(), at<float>(maps), at<float>(scalars), p,
                                      reinterpret_cast<void* const*>(dx.data()), {});
+  });
+
+  m.def("channel_attention", [](const Feature& x, int64_t hidden, uintptr_t w1, uintptr_t b1, uintptr_t w2, uintptr_t b2,
+                                uintptr_t y, uintptr_t gate, uintptr_t pooled, uintptr_t index) {
+    Workspace workspace(channel_attention_workspace(x, hidden));
+    channel_attention(x, {at<float>(w1), at<float>(b1), at<float>(w2), at<float>(b2), hidden}, at<void>(y), at<float>(gate),
+                      at<float>(pooled), at<int64_t>(index), workspace.data(), {});
+  });
+  m.def("channel_attention_backward", [](const Feature& grad, const Feature& x, int64_t hidden, uintptr_t gate,
+                                         uintptr_t pooled, uintptr_t index, uintptr_t w1, uintptr_t b1, uintptr_t w2,
+                                         uintptr_t dx, uintptr_t dw1, uintptr_t db1, uintptr_t dw2, uintptr_t db2) {
+    Workspace workspace(channel_attention_backward_workspace(x, hidden));
+    channel_attention_backward(grad, x, at<float>(gate), at<float>(pooled), at<int64_t>(index),
+                               {at<float>(w1), at<float>(b1), at<float>(w2), nullptr, hidden}, at<void>(dx), at<float>(dw1),
+                               at<float>(db1), at<float>(dw2), at<float>(db2), workspace.data(), {});
   });
 }

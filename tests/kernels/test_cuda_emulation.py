@@ -8,10 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels.attention_map import attention_map_reference
 from mvat.kernels.attention_transfer_loss import attention_transfer_loss_reference
+from mvat.kernels.channel_attention import channel_attention_reference
 
 pytest.importorskip("pybind11", reason="the emulation's module is built with pybind11")
 pytest.importorskip("ninja", reason="the emulation's module is built with ninja")
@@ -44,7 +46,9 @@ def assert_near(got: Tensor, exact: Tensor, error: float = 2e-6) -> None:
     """The error's norm is at most `error` of the exact values' norm, beside the rounding of the result's dtype."""
     assert got.shape == exact.shape and not torch.isnan(got).any()
     rounding = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 0
-    assert (got.double() - exact).norm() <= (error + rounding) * exact.norm() + 1e-30
+    # Subnormal numbers are multiples of tiny * eps.
+    subnormal = torch.finfo(got.dtype).tiny * torch.finfo(got.dtype).eps / 2 * math.sqrt(got.numel())
+    assert (got.double() - exact).norm() <= (error + rounding) * exact.norm() + subnormal
 
 
 # ---- the emulation itself
@@ -212,3 +216,64 @@ def test_attention_transfer_loss_of_close_maps(emulated: ModuleType) -> None:
     teacher = torch.rand(2, 500) + 1
     student = teacher * (1 + 1e-5 * torch.randn(2, 500))
     check_loss(emulated, [student], [teacher], 2.0, True)
+
+
+# ---- channel_attention
+
+
+def check_channel_attention(emulated: ModuleType, x: Tensor, hidden: int) -> None:
+    batch, n, length = x.shape
+    # Small, or the gate saturates and 1 - gate loses its digits, as it does in eager.
+    w1, b1, w2, b2 = (torch.randn(s) / (n + 4) for s in ((hidden, n), (hidden,), (n, hidden), (n,)))
+    grad = torch.randn(x.shape).to(x.dtype)
+    y, gate, pooled = poisoned(*x.shape, dtype=x.dtype), poisoned(batch, n), poisoned(2, batch, n)
+    index = torch.full((batch, n), -1)
+    emulated.channel_attention(
+        feature(emulated, x), hidden, *(t.data_ptr() for t in (w1, b1, w2, b2, y, gate, pooled, index))
+    )
+    assert torch.equal(index, x.float().contiguous().max(-1).indices if x.numel() else index)
+    assert torch.equal(pooled[0], x.float().amax(-1))
+    gradients = [poisoned(*x.shape, dtype=x.dtype), *map(torch.empty_like, (w1, b1, w2, b2))]
+    emulated.channel_attention_backward(
+        feature(emulated, grad),
+        feature(emulated, x),
+        hidden,
+        *(t.data_ptr() for t in (gate, pooled, index, w1, b1, w2, *gradients)),
+    )
+    exact = [t.double().requires_grad_() for t in (x, w1, b1, w2, b2)]
+    # The first of equal maxima, as the kernel.
+    expected = channel_attention_reference(*exact)
+    assert_near(y, expected.detach())
+    for got, want in zip(gradients, torch.autograd.grad(expected, exact, grad.double()), strict=True):
+        assert_near(got, want, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, hidden", [((1, 1, 1), 1), ((2, 4, 60), 2), ((1, 40, 249), 20), ((3, 7, 4101), 3), ((2, 2, 8196), 40)]
+)
+def test_channel_attention(
+    emulated: ModuleType, shape: tuple[int, int, int], hidden: int, dtype: torch.dtype
+) -> None:
+    check_channel_attention(emulated, torch.randn(shape).to(dtype), hidden)
+
+
+def test_channel_attention_of_views_and_of_no_clip(emulated: ModuleType) -> None:
+    check_channel_attention(emulated, torch.randn(3, 9, 80)[::2, 1:, 1:60], 3)
+    check_channel_attention(emulated, torch.randn(0, 3, 5), 2)
+
+
+def test_channel_attention_takes_the_first_maximum_and_hands_nan_on(emulated: ModuleType) -> None:
+    x = torch.zeros(1, 5, 600)
+    x[0, 1, [37, 38, 599]] = 2
+    x[0, 2, [401, 500]] = NAN
+    x[0, 3] = -math.inf
+    n = x.shape[1]
+    w, b = torch.zeros(n, n), torch.zeros(n)
+    y, gate, pooled, index = torch.empty_like(x), poisoned(1, n), poisoned(2, 1, n), torch.full((1, n), -1)
+    emulated.channel_attention(
+        feature(emulated, x), n, *(t.data_ptr() for t in (w, b, w, b, y, gate, pooled, index))
+    )
+    assert index.tolist() == [[0, 37, 401, 0, 0]]
+    assert torch.isnan(pooled[:, 0, 2]).all() and torch.isnan(gate).all()
+    torch.testing.assert_close(F.adaptive_max_pool1d(x, 1)[..., 0], pooled[0], equal_nan=True)
