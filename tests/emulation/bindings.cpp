@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/attention_map.h"
 #include "../../csrc/cuda/attention_transfer_loss.h"
 #include "../../csrc/cuda/channel_attention.h"
+#include "../../csrc/cuda/local_attention.h"
 
 namespace py = pybind11;
 using namespace mvat::cuda;
@@ -76,5 +77,31 @@ PYBIND11_MODULE(mvat_emulation, m) {
     channel_attention_backward(grad, x, at<float>(gate), at<float>(pooled), at<int64_t>(index),
                                {at<float>(w1), at<float>(b1), at<float>(w2), nullptr, hidden}, at<void>(dx), at<float>(dw1),
                                at<float>(db1), at<float>(dw2), at<float>(db2), workspace.data(), {});
+  });
+
+  using Addresses = std::vector<uintptr_t>;
+  const auto parameters_at = [](const Addresses& p, int64_t taps1, int64_t taps2, int64_t segment, float eps1, float eps2,
+                                bool training) {
+    return LocalParameters{at<float>(p[0]), at<float>(p[1]), at<float>(p[2]), at<float>(p[3]), at<float>(p[4]),
+                           at<float>(p[5]), taps1, taps2, segment, eps1, eps2, training};
+  };
+  const auto saved_at = [](const Addresses& p) {
+    return LocalSaved{at<float>(p[0]), at<float>(p[1]), at<int32_t>(p[2]), at<float>(p[3])};
+  };
+  py::class_<LocalParameters>(m, "LocalParameters").def(py::init(parameters_at));
+  m.def("local_attention_limit", &local_attention_limit);
+  m.def("local_attention", [=](const Feature& x, const LocalParameters& parameters, const Addresses& running, uintptr_t y,
+                               const Addresses& saved) {
+    Workspace workspace(local_attention_workspace(x, parameters));
+    const RunningStatistics statistics{at<float>(running[0]), at<float>(running[1]), at<float>(running[2]),
+                                       at<float>(running[3])};
+    local_attention(x, parameters, statistics, at<void>(y), saved_at(saved), workspace.data(), {});
+  });
+  m.def("local_attention_backward", [=](const Feature& grad, const Feature& x, const LocalParameters& parameters,
+                                        const Addresses& saved, const Addresses& g) {
+    Workspace workspace(local_attention_backward_workspace(x, parameters));
+    const LocalGradients gradients{at<void>(g[0]), at<float>(g[1]), at<float>(g[2]), at<float>(g[3]), at<float>(g[4]),
+                                   at<float>(g[5]), at<float>(g[6])};
+    local_attention_backward(grad, x, parameters, saved_at(saved), gradients, workspace.data(), {});
   });
 }

@@ -50,7 +50,7 @@ struct alignas(16) float4 {
 #define gridDim (::emu::block().grid_size)
 
 #define MVAT_LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
-  ::emu::launch(dim3(unsigned(blocks)), dim3(unsigned(threads)), bytes, [&] { kernel(__VA_ARGS__); })
+  ::emu::launch(::emu::grid(blocks), dim3(unsigned(threads)), bytes, [&] { kernel(__VA_ARGS__); })
 #define MVAT_SHARED(type, name, count) \
   static char name##_key;              \
   type* name = ::emu::shared<type>(&name##_key, count)
@@ -201,6 +201,9 @@ inline void run_block(const std::function<void()>& body, size_t bytes, bool desc
   if (std::count(b.dynamic.end() - kGuard, b.dynamic.end(), kPoison) != kGuard)
     throw std::runtime_error("emulation: a write past the dynamic shared memory");
 }
+
+inline dim3 grid(dim3 blocks) { return blocks; }
+inline dim3 grid(int64_t blocks) { return dim3(unsigned(blocks)); }
 
 inline void launch(dim3 grid, dim3 size, size_t bytes, const std::function<void()>& body) {
   const int64_t blocks = int64_t(grid.x) * grid.y * grid.z;

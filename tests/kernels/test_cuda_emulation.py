@@ -14,6 +14,8 @@ from torch import Tensor
 from mvat.kernels.attention_map import attention_map_reference
 from mvat.kernels.attention_transfer_loss import attention_transfer_loss_reference
 from mvat.kernels.channel_attention import channel_attention_reference
+from mvat.kernels.local_attention import local_attention_reference
+from mvat.kernels.norm import Norm
 
 pytest.importorskip("pybind11", reason="the emulation's module is built with pybind11")
 pytest.importorskip("ninja", reason="the emulation's module is built with ninja")
@@ -277,3 +279,95 @@ def test_channel_attention_takes_the_first_maximum_and_hands_nan_on(emulated: Mo
     assert index.tolist() == [[0, 37, 401, 0, 0]]
     assert torch.isnan(pooled[:, 0, 2]).all() and torch.isnan(gate).all()
     torch.testing.assert_close(F.adaptive_max_pool1d(x, 1)[..., 0], pooled[0], equal_nan=True)
+
+
+# ---- local_attention
+
+
+def addresses(*tensors: Tensor) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def run_local_attention(
+    emulated: ModuleType, x: Tensor, grad: Tensor, values: list[Tensor], segment: int, training: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """values: depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2; y, the gradients, statistics."""
+    depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2 = values
+    batch, n, length = x.shape
+    chunks = (length + segment) // (segment // 2) + 1
+    parameters = emulated.LocalParameters(
+        addresses(depthwise, weight1, bias1, conv, weight2, bias2),
+        depthwise.shape[-1],
+        conv.shape[-1],
+        segment,
+        1e-5,
+        1e-5,
+        training,
+    )
+    y, attention = poisoned(*x.shape, dtype=x.dtype), poisoned(batch, chunks, segment)
+    pooled, index = poisoned(batch, 2, chunks, segment), torch.full((batch, chunks, segment), -1, dtype=torch.int32)
+    statistics = poisoned(2, n + 1)
+    saved = addresses(attention, pooled, index, statistics)
+    source = feature(emulated, x)
+    emulated.local_attention(source, parameters, addresses(mean1, var1, mean2, var2), y.data_ptr(), saved)
+    assert not torch.isnan(attention).any() and not torch.isnan(statistics).any()
+    gradients = [poisoned(*x.shape, dtype=x.dtype)]
+    gradients += [poisoned(*t.shape) for t in (depthwise, weight1, bias1, conv, weight2, bias2)]
+    emulated.local_attention_backward(feature(emulated, grad), source, parameters, saved, addresses(*gradients))
+    return y, gradients, statistics
+
+
+def check_local_attention(
+    emulated: ModuleType, x: Tensor, taps: int, taps2: int, segment: int, training: bool, error: float = 1e-5
+) -> None:
+    n = x.shape[1]
+    values = [torch.randn(n, 1, taps) / 5, torch.rand(n) + 0.5, torch.randn(n) / 4, torch.randn(n) / 4]
+    values += [torch.rand(n) + 0.5, torch.randn(1, 2, taps2), torch.rand(1), torch.randn(1), torch.randn(1)]
+    values += [torch.rand(1) + 0.5]
+    grad = torch.randn(x.shape).to(x.dtype)
+    y, gradients, statistics = run_local_attention(emulated, x, grad, values, segment, training)
+    exact = [t.double() for t in (x, *values)]
+    leaves = [exact[i].requires_grad_() for i in (0, 1, 2, 3, 6, 7, 8)]
+    source, depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2 = exact
+    # With momentum 1 the running mean becomes the batch's.
+    norm1, norm2 = Norm(weight1, bias1, mean1, var1, 1.0), Norm(weight2, bias2, mean2, var2, 1.0)
+    expected = local_attention_reference(source, depthwise, norm1, conv, norm2, segment, training)
+    assert_near(y, expected.detach(), error)
+    for got, want in zip(gradients, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
+        assert_near(got, want, 2 * error)
+    if not training:
+        assert torch.equal(statistics, torch.stack((torch.cat((values[3], values[8])), torch.cat((values[4], values[9])))))
+        return
+    count = x.shape[0] * ((x.shape[2] + segment) // (segment // 2) + 1) * segment
+    mean, var = torch.cat((mean1, mean2)), torch.cat((var1, var2)) * (count - 1) / count
+    torch.testing.assert_close(statistics.double(), torch.stack((mean, var)), rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "shape, taps, taps2, segment",
+    [
+        ((1, 1, 1), 31, 7, 64),
+        ((2, 3, 249), 31, 7, 64),
+        ((1, 17, 1040), 31, 7, 64),
+        ((3, 5, 40), 5, 3, 6),
+        ((1, 2, 130), 31, 7, 32),
+        ((1, 2, 300), 33, 1, 100),
+        ((1, 2, 77), 3, 9, 2),
+    ],
+)
+def test_local_attention(
+    emulated: ModuleType,
+    shape: tuple[int, int, int],
+    taps: int,
+    taps2: int,
+    segment: int,
+    training: bool,
+    dtype: torch.dtype,
+) -> None:
+    check_local_attention(emulated, torch.randn(shape).to(dtype), taps, taps2, segment, training)
+
+
+def test_local_attention_of_a_view(emulated: ModuleType) -> None:
+    check_local_attention(emulated, torch.randn(3, 6, 300)[::2, 1:, 3:284], 31, 7, 64, True)

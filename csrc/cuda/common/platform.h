@@ -12,7 +12,7 @@
 
 // A template's kernel is named by a variable first: its commas would end the macro's argument.
 #define MVAT_LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
-  kernel<<<unsigned(blocks), unsigned(threads), bytes, stream>>>(__VA_ARGS__)
+  kernel<<<(blocks), unsigned(threads), bytes, stream>>>(__VA_ARGS__)
 #define MVAT_SHARED(type, name, count) __shared__ type name[count]
 #define MVAT_DYNAMIC_SHARED(type, name)                          \
   extern __shared__ __align__(16) unsigned char mvat_dynamic[]; \
