@@ -87,7 +87,8 @@ __device__ void leave_map(const Entry& e, int64_t clip, int64_t start, float p, 
   leave_map<T, 1>(e, clip, start, p, map, norm);
 }
 
-__global__ void __launch_bounds__(kTileThreads)
+// Left to itself ptxas spills for the sake of a fifth block.
+__global__ void __launch_bounds__(kTileThreads, 4)
     maps_kernel(const __grid_constant__ Features table, float p, float* maps, Norm* norms) {
   const Entry& e = table.entry[find_entry(table)];
   const int64_t block = blockIdx.x - e.first_block, clip = block / e.tiles;

@@ -18,12 +18,19 @@ struct RunningStatistics {
   const float *mean1, *var1, *mean2, *var2;
 };
 
-// Over P chunks a clip, see csrc/schemas.cpp; statistics [2, C + 1].
+// What the forward pass leaves for the backward pass, over P chunks a clip.
 struct LocalSaved {
   float* attention;   // [B, P, S]
-  float* pooled;      // [B, 2, P, S]
-  int32_t* index;     // [B, P, S]
-  float* statistics;  // [2, C + 1]
+  float* pooled;      // [B, 2, P, S]: maximum and mean over the channels
+  int32_t* index;     // [B, P, S]: the first maximum's channel
+  float* statistics;  // [2, C + 1]: means, then biased variances, of the channels and of the mask
+};
+
+// The same, read only.
+struct LocalRead {
+  const float *attention, *pooled;
+  const int32_t* index;
+  const float* statistics;
 };
 
 struct LocalGradients {
@@ -41,7 +48,7 @@ void local_attention(const Feature& x, const LocalParameters& parameters, const 
                      const LocalSaved& saved, void* workspace, cudaStream_t stream);
 
 void local_attention_backward(const Feature& grad, const Feature& x, const LocalParameters& parameters,
-                              const LocalSaved& saved, const LocalGradients& gradients, void* workspace,
+                              const LocalRead& saved, const LocalGradients& gradients, void* workspace,
                               cudaStream_t stream);
 
 }  // namespace mvat::cuda

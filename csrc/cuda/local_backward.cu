@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTileThreads) mask_kernel(Feature grad, Featur
 }
 
 __global__ void __launch_bounds__(kMaskThreads)
-    sigmoid_kernel(LocalShape s, LocalParameters parameters, LocalSaved saved, Backward space) {
+    sigmoid_kernel(LocalShape s, LocalParameters parameters, LocalRead saved, Backward space) {
   const ChannelNorm norm(saved.statistics, s.channels, s.channels, 1, 0, parameters.eps2);
   const int64_t begin = int64_t(blockIdx.x) * kMaskShare;
   float sum = 0, product = 0;
@@ -97,7 +97,7 @@ struct NormBackward {
 };
 
 __global__ void __launch_bounds__(kMaskThreads)
-    conv_kernel(LocalShape s, LocalParameters parameters, LocalSaved saved, LocalGradients gradients, Backward space) {
+    conv_kernel(LocalShape s, LocalParameters parameters, LocalRead saved, LocalGradients gradients, Backward space) {
   const ChannelNorm norm(saved.statistics, s.channels, s.channels, *parameters.weight2, 0, parameters.eps2);
   const NormBackward through(norm.inverse * norm.weight, *gradients.weight2, *gradients.bias2, s.rows * s.segment,
                              parameters.training);
@@ -141,7 +141,7 @@ struct Upper {
   int32_t index[kEach];
   int count;  // positions that exist
 
-  __device__ Upper(const LocalShape& s, const LocalSaved& saved, const Backward& space, int64_t row, int position) {
+  __device__ Upper(const LocalShape& s, const LocalRead& saved, const Backward& space, int64_t row, int position) {
     const int left = row >= 0 && row < s.rows ? s.segment - position : 0;
     count = left < kEach ? left : kEach;
 #pragma unroll
@@ -161,8 +161,8 @@ struct Upper {
 };
 
 template <typename T, int kTaps, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    norm1_kernel(LocalShape s, Feature x, LocalParameters parameters, int64_t group, LocalSaved saved, Backward space) {
+__global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
+    norm1_kernel(LocalShape s, Feature x, LocalParameters parameters, int64_t group, LocalRead saved, Backward space) {
   MVAT_DYNAMIC_SHARED(float, tile);
   float* const weights = tile + kRows * s.stride;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -262,8 +262,8 @@ struct Outputs {
 inline int part_floats(const LocalShape& s) { return s.warps * ((s.taps + 31) / 32 * 32); }
 
 template <typename T, int kTaps, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(LocalShape s, Feature grad, Feature x, LocalParameters parameters, int64_t group, LocalSaved saved,
+__global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
+    gradient_kernel(LocalShape s, Feature grad, Feature x, LocalParameters parameters, int64_t group, LocalRead saved,
                     LocalGradients gradients, Backward space) {
   MVAT_DYNAMIC_SHARED(float, tile);
   const int weight_floats = (s.taps + 3) / 4 * 4, wide_taps = (s.taps + 31) / 32 * 32;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kTaps, int kThreads>
 void launch(const LocalShape& s, const Feature& grad, const Feature& x, const LocalParameters& parameters,
-            const LocalSaved& saved, const LocalGradients& gradients, const Backward& space, cudaStream_t stream) {
+            const LocalRead& saved, const LocalGradients& gradients, const Backward& space, cudaStream_t stream) {
   const Groups groups(s);
   const int64_t rows = tiles_of(s) * s.warps, own_tiles = ceil_divide(s.rows, kOwnRows);
   const size_t bytes1 = sizeof(float) * (s.tile_floats() + s.weight_floats());
@@ -363,7 +363,7 @@ int64_t local_attention_backward_workspace(const Feature& x, const LocalParamete
 }
 
 void local_attention_backward(const Feature& grad, const Feature& x, const LocalParameters& parameters,
-                              const LocalSaved& saved, const LocalGradients& gradients, void* workspace,
+                              const LocalRead& saved, const LocalGradients& gradients, void* workspace,
                               cudaStream_t stream) {
   const LocalShape s(x, parameters.segment, parameters.taps1);
   if (s.rows == 0) return launch_zeros(s, parameters, gradients, stream);

@@ -42,6 +42,9 @@ struct LocalShape {
 // The preset's sizes get kernels of their own: kTaps is 31, or 0 for any number.
 constexpr int kPresetTaps = 31;
 constexpr int kPresetThreads = 256;
+// Blocks that a multiprocessor holds at the same time: two hide the barriers of each other.
+template <int kThreads>
+constexpr int kLocalBlocks = kThreads <= kPresetThreads ? 2 : 1;
 
 // One block's share of the features: what its threads load, and where its lanes stand.
 template <typename T>

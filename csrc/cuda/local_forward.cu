@@ -14,7 +14,7 @@ namespace mvat::cuda {
 namespace {
 
 template <typename T, int kTaps, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     moments1_kernel(LocalShape s, Feature x, const float* depthwise, int64_t group, Moments<float>* partial) {
   MVAT_DYNAMIC_SHARED(float, tile);
   float* const weights = tile + kRows * s.stride;
@@ -54,7 +54,7 @@ struct Pool {
 
 // With one group the result is pooled [B, 2, P, S] itself, else a part that join_kernel joins.
 template <typename T, int kTaps, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     pool_kernel(LocalShape s, Feature x, LocalParameters parameters, int64_t group, LocalSaved saved, Pool part) {
   MVAT_DYNAMIC_SHARED(float, tile);
   float* const weights = tile + kRows * s.stride;

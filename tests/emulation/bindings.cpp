@@ -88,6 +88,9 @@ PYBIND11_MODULE(mvat_emulation, m) {
   const auto saved_at = [](const Addresses& p) {
     return LocalSaved{at<float>(p[0]), at<float>(p[1]), at<int32_t>(p[2]), at<float>(p[3])};
   };
+  const auto read_at = [](const Addresses& p) {
+    return LocalRead{at<float>(p[0]), at<float>(p[1]), at<int32_t>(p[2]), at<float>(p[3])};
+  };
   py::class_<LocalParameters>(m, "LocalParameters").def(py::init(parameters_at));
   m.def("local_attention_limit", &local_attention_limit);
   m.def("local_attention", [=](const Feature& x, const LocalParameters& parameters, const Addresses& running, uintptr_t y,
@@ -102,6 +105,6 @@ PYBIND11_MODULE(mvat_emulation, m) {
     Workspace workspace(local_attention_backward_workspace(x, parameters));
     const LocalGradients gradients{at<void>(g[0]), at<float>(g[1]), at<float>(g[2]), at<float>(g[3]), at<float>(g[4]),
                                    at<float>(g[5]), at<float>(g[6])};
-    local_attention_backward(grad, x, parameters, saved_at(saved), gradients, workspace.data(), {});
+    local_attention_backward(grad, x, parameters, read_at(saved), gradients, workspace.data(), {});
   });
 }
