@@ -160,7 +160,7 @@ struct Upper {
   }
 };
 
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     norm1_kernel(LocalShape s, Feature x, LocalParameters parameters, int64_t group, LocalRead saved, Backward space) {
   MVAT_DYNAMIC_SHARED(float, tile);
@@ -170,15 +170,15 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
   const int64_t end = begin + group < s.channels ? begin + group : s.channels;
   const float* const position = tile + lane * s.stride + s.margin + warp * kEach;
   const Upper upper(s, saved, space, first_row + lane, warp * kEach);
-  Chunks<T> chunks(s, x, first_row);
+  Chunks chunks(s, x, first_row);
   clear(tile, kRows * s.stride);
-  chunks.fetch(begin);
+  chunks.fetch(x, begin);
   for (int64_t c = begin; c < end; c++) {
     __syncthreads();
     chunks.put(s, tile);
     put_weights(parameters.depthwise + c * s.taps, s.taps, weights);
     __syncthreads();
-    if (c + 1 < end) chunks.fetch(c + 1);
+    if (c + 1 < end) chunks.fetch(x, c + 1);
     float v[kEach];
     convolve<kTaps>(position, weights, s.taps, v);
     const ChannelNorm norm(saved.statistics, s.channels, c, parameters.weight1[c], parameters.bias1[c], parameters.eps1);
@@ -257,11 +257,24 @@ struct Outputs {
       mask[n] = mask_at(s, attention, clip, t);
     }
   }
+
+  // tile holds the gradients of the chunks' samples.
+  template <typename T>
+  __device__ void write(const LocalShape& s, const Feature& grad, int64_t channel, const float* tile, void* dx) const {
+    const T* const source = static_cast<const T*>(grad.data) + channel * grad.channel_stride;
+    T* const target = static_cast<T*>(dx) + channel * s.length;
+#pragma unroll
+    for (int n = 0; n < kOutputs; n++) {
+      if (from[n] < 0) continue;
+      const float* const chunk = tile + (first + 8 * n) * s.stride + s.margin + column;
+      set(target[to[n]], to_float(source[from[n]]) * mask[n] + (chunk[0] + chunk[s.hop - s.stride]));
+    }
+  }
 };
 
 inline int part_floats(const LocalShape& s) { return s.warps * ((s.taps + 31) / 32 * 32); }
 
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     gradient_kernel(LocalShape s, Feature grad, Feature x, LocalParameters parameters, int64_t group, LocalRead saved,
                     LocalGradients gradients, Backward space) {
@@ -277,16 +290,16 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
   const int place = lane * s.stride + s.margin + warp * kEach;
   const Upper upper(s, saved, space, first_row + lane, warp * kEach);
   const Outputs outputs(s, saved.attention, grad, first_row);
-  Chunks<T> chunks(s, x, first_row);
+  Chunks chunks(s, x, first_row);
   clear(tile, 2 * kRows * s.stride);
-  chunks.fetch(begin);
+  chunks.fetch(x, begin);
   for (int64_t c = begin; c < end; c++) {
     __syncthreads();
     chunks.put(s, tile);
     put_weights(parameters.depthwise + c * s.taps, s.taps, weights);
     put_weights(parameters.depthwise + c * s.taps, s.taps, flipped, true);
     __syncthreads();
-    if (c + 1 < end) chunks.fetch(c + 1);
+    if (c + 1 < end) chunks.fetch(x, c + 1);
     float v[kEach];
     convolve<kTaps>(tile + place, weights, s.taps, v);
     const ChannelNorm norm(saved.statistics, s.channels, c, parameters.weight1[c], parameters.bias1[c], parameters.eps1);
@@ -312,26 +325,25 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
 #pragma unroll
     for (int r = 0; r < kEach; r++) tile[place + r] = v[r];
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < kOutputs; n++) {
-      if (outputs.from[n] < 0) continue;
-      const float* const chunk = tile + (outputs.first + 8 * n) * s.stride + s.margin + outputs.column;
-      const float above = to_float(static_cast<const T*>(grad.data)[outputs.from[n] + c * grad.channel_stride]);
-      set(static_cast<T*>(gradients.x)[outputs.to[n] + c * s.length],
-          above * outputs.mask[n] + (chunk[0] + chunk[s.hop - s.stride]));
+    if (x.type == Type::kFloat) {
+      outputs.write<float>(s, grad, c, tile, gradients.x);
+    } else if (x.type == Type::kBFloat16) {
+      outputs.write<__nv_bfloat16>(s, grad, c, tile, gradients.x);
+    } else {
+      outputs.write<__half>(s, grad, c, tile, gradients.x);
     }
   }
 }
 
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 void launch(const LocalShape& s, const Feature& grad, const Feature& x, const LocalParameters& parameters,
             const LocalRead& saved, const LocalGradients& gradients, const Backward& space, cudaStream_t stream) {
   const Groups groups(s);
   const int64_t rows = tiles_of(s) * s.warps, own_tiles = ceil_divide(s.rows, kOwnRows);
   const size_t bytes1 = sizeof(float) * (s.tile_floats() + s.weight_floats());
   const size_t bytes = sizeof(float) * (2 * s.tile_floats() + 2 * s.weight_floats() + part_floats(s));
-  const auto norm1 = norm1_kernel<T, kTaps, kThreads>;
-  const auto gradient = gradient_kernel<T, kTaps, kThreads>;
+  const auto norm1 = norm1_kernel<kTaps, kThreads>;
+  const auto gradient = gradient_kernel<kTaps, kThreads>;
   MVAT_ALLOW_SHARED(norm1, bytes1);
   MVAT_ALLOW_SHARED(gradient, bytes);
   MVAT_LAUNCH(norm1, dim3(unsigned(tiles_of(s)), unsigned(groups.count)), s.threads(), bytes1, stream, s, x, parameters,
@@ -384,14 +396,11 @@ void local_attention_backward(const Feature& grad, const Feature& x, const Local
   launch_sum(space.norm2 + blocks, 1, blocks, gradients.bias2, stream);
   MVAT_LAUNCH(conv_kernel, blocks, kMaskThreads, 0, stream, s, parameters, saved, gradients, space);
   launch_sum(space.conv, 2 * parameters.taps2, blocks, gradients.conv, stream);
-  with_type(x.type, [&](auto element) {
-    using T = decltype(element);
-    if (is_preset(s)) {
-      launch<T, kPresetTaps, kPresetThreads>(s, grad, x, parameters, saved, gradients, space, stream);
-    } else {
-      launch<T, 0, 1024>(s, grad, x, parameters, saved, gradients, space, stream);
-    }
-  });
+  if (is_preset(s)) {
+    launch<kPresetTaps, kPresetThreads>(s, grad, x, parameters, saved, gradients, space, stream);
+  } else {
+    launch<0, 1024>(s, grad, x, parameters, saved, gradients, space, stream);
+  }
 }
 
 }  // namespace mvat::cuda

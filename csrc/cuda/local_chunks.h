@@ -46,18 +46,15 @@ constexpr int kPresetThreads = 256;
 template <int kThreads>
 constexpr int kLocalBlocks = kThreads <= kPresetThreads ? 2 : 1;
 
-// One block's share of the features: what its threads load, and where its lanes stand.
-template <typename T>
+// One block's share of the features: what its threads load, and where its lanes stand. The type is asked at run time, once for
+// eight loads: instances of these long kernels for each type would cost compile time and bring nothing.
 struct Chunks {
   int64_t offset[kEach];  // of the samples this thread loads, from their channel's start in the first clip; -1: silence
   int first, column;      // their first row, and the position they all have
-  int64_t channel_stride;
-  const T* x;
   float value[kEach];
 
   // The block's chunks are first_row .. first_row + 31, which may lie outside.
-  __device__ Chunks(const LocalShape& s, const Feature& feature, int64_t first_row)
-      : channel_stride(feature.channel_stride), x(static_cast<const T*>(feature.data)) {
+  __device__ Chunks(const LocalShape& s, const Feature& x, int64_t first_row) {
     const int wide = s.warps * kEach;
     first = threadIdx.x / wide;
     column = threadIdx.x % wide;
@@ -67,19 +64,28 @@ struct Chunks {
       offset[n] = -1;
       if (row < 0 || row >= s.rows || column >= s.segment) continue;
       const int64_t t = row % s.chunks * s.hop - s.segment + column;
-      if (t >= 0 && t < s.length) offset[n] = row / s.chunks * feature.batch_stride + t;
+      if (t >= 0 && t < s.length) offset[n] = row / s.chunks * x.batch_stride + t;
     }
   }
 
   // Reads the channel's samples, which a later `put` writes to shared memory.
-  __device__ void fetch(int64_t channel) {
-#pragma unroll
-    for (int n = 0; n < kEach; n++) value[n] = offset[n] < 0 ? 0.0f : to_float(x[offset[n] + channel * channel_stride]);
+  __device__ void fetch(const Feature& x, int64_t channel) {
+    if (x.type == Type::kFloat) return fetch_as<float>(x, channel);
+    if (x.type == Type::kBFloat16) return fetch_as<__nv_bfloat16>(x, channel);
+    fetch_as<__half>(x, channel);
   }
 
   __device__ void put(const LocalShape& s, float* tile) const {
 #pragma unroll
     for (int n = 0; n < kEach; n++) tile[(first + 4 * n) * s.stride + s.margin + column] = value[n];
+  }
+
+ private:
+  template <typename T>
+  __device__ void fetch_as(const Feature& x, int64_t channel) {
+    const T* const source = static_cast<const T*>(x.data) + channel * x.channel_stride;
+#pragma unroll
+    for (int n = 0; n < kEach; n++) value[n] = offset[n] < 0 ? 0.0f : to_float(source[offset[n]]);
   }
 };
 

@@ -13,7 +13,7 @@
 namespace mvat::cuda {
 namespace {
 
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     moments1_kernel(LocalShape s, Feature x, const float* depthwise, int64_t group, Moments<float>* partial) {
   MVAT_DYNAMIC_SHARED(float, tile);
@@ -23,15 +23,15 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
   const int64_t end = begin + group < s.channels ? begin + group : s.channels;
   const float* const position = tile + lane * s.stride + s.margin + warp * kEach;
   const int left = first_row + lane < s.rows ? s.segment - warp * kEach : 0, count = left < kEach ? left : kEach;
-  Chunks<T> chunks(s, x, first_row);
+  Chunks chunks(s, x, first_row);
   clear(tile, kRows * s.stride);
-  chunks.fetch(begin);
+  chunks.fetch(x, begin);
   for (int64_t c = begin; c < end; c++) {
     __syncthreads();
     chunks.put(s, tile);
     put_weights(depthwise + c * s.taps, s.taps, weights);
     __syncthreads();
-    if (c + 1 < end) chunks.fetch(c + 1);
+    if (c + 1 < end) chunks.fetch(x, c + 1);
     float v[kEach];
     convolve<kTaps>(position, weights, s.taps, v);
     Moments<float> moments = {float(count), 0, 0};
@@ -53,7 +53,7 @@ struct Pool {
 };
 
 // With one group the result is pooled [B, 2, P, S] itself, else a part that join_kernel joins.
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
     pool_kernel(LocalShape s, Feature x, LocalParameters parameters, int64_t group, LocalSaved saved, Pool part) {
   MVAT_DYNAMIC_SHARED(float, tile);
@@ -66,15 +66,15 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
   int32_t index[kEach];
 #pragma unroll
   for (int r = 0; r < kEach; r++) maximum[r] = -INFINITY, sum[r] = 0, index[r] = int32_t(begin);
-  Chunks<T> chunks(s, x, first_row);
+  Chunks chunks(s, x, first_row);
   clear(tile, kRows * s.stride);
-  chunks.fetch(begin);
+  chunks.fetch(x, begin);
   for (int64_t c = begin; c < end; c++) {
     __syncthreads();
     chunks.put(s, tile);
     put_weights(parameters.depthwise + c * s.taps, s.taps, weights);
     __syncthreads();
-    if (c + 1 < end) chunks.fetch(c + 1);
+    if (c + 1 < end) chunks.fetch(x, c + 1);
     float v[kEach];
     convolve<kTaps>(position, weights, s.taps, v);
     const ChannelNorm norm(saved.statistics, s.channels, c, parameters.weight1[c], parameters.bias1[c], parameters.eps1);
@@ -192,7 +192,7 @@ struct Forward {
   }
 };
 
-template <typename T, int kTaps, int kThreads>
+template <int kTaps, int kThreads>
 void launch(const LocalShape& s, const Feature& x, const LocalParameters& parameters, const RunningStatistics& running,
             const LocalSaved& saved, const Forward& space, cudaStream_t stream) {
   const size_t bytes = sizeof(float) * (s.tile_floats() + s.weight_floats());
@@ -200,14 +200,14 @@ void launch(const LocalShape& s, const Feature& x, const LocalParameters& parame
   const dim3 grid(unsigned(tiles_of(s)), unsigned(groups.count));
   float* const variance = saved.statistics + s.channels + 1;
   if (parameters.training) {
-    const auto moments1 = moments1_kernel<T, kTaps, kThreads>;
+    const auto moments1 = moments1_kernel<kTaps, kThreads>;
     MVAT_ALLOW_SHARED(moments1, bytes);
     MVAT_LAUNCH(moments1, grid, s.threads(), bytes, stream, s, x, parameters.depthwise, groups.size, space.moments1);
     launch_moments(space.moments1, s.channels, tiles_of(s) * s.warps, saved.statistics, variance, stream);
   } else {
     MVAT_LAUNCH(copy_statistics_kernel, 1, kMaskThreads, 0, stream, s.channels, running, saved.statistics);
   }
-  const auto pool = pool_kernel<T, kTaps, kThreads>;
+  const auto pool = pool_kernel<kTaps, kThreads>;
   MVAT_ALLOW_SHARED(pool, bytes);
   MVAT_LAUNCH(pool, grid, s.threads(), bytes, stream, s, x, parameters, groups.size, saved, space.part);
 }
@@ -237,14 +237,11 @@ void local_attention(const Feature& x, const LocalParameters& parameters, const 
   const Groups groups(s);
   Arena arena(workspace);
   const Forward space(arena, s, groups.count, parameters.training);
-  with_type(x.type, [&](auto element) {
-    using T = decltype(element);
-    if (is_preset(s)) {
-      launch<T, kPresetTaps, kPresetThreads>(s, x, parameters, running, saved, space, stream);
-    } else {
-      launch<T, 0, 1024>(s, x, parameters, running, saved, space, stream);
-    }
-  });
+  if (is_preset(s)) {
+    launch<kPresetTaps, kPresetThreads>(s, x, parameters, running, saved, space, stream);
+  } else {
+    launch<0, 1024>(s, x, parameters, running, saved, space, stream);
+  }
   if (groups.count > 1)
     MVAT_LAUNCH(join_kernel, grid_for(ceil_divide(s.positions(), kMaskThreads)), kMaskThreads, 0, stream, s, space.part,
                 int(groups.count), saved);
