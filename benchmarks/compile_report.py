@@ -1,7 +1,9 @@
 """Registers, spills and shared memory of every CUDA kernel on every architecture, without a GPU: nvcc is enough.
 
-    python -m benchmarks.compile_report            print the report
-    python -m benchmarks.compile_report --renew    and write it to csrc/cuda/budget.json, to which tests/test_cuda_build.py holds it
+python -m benchmarks.compile_report            print the report
+python -m benchmarks.compile_report --renew    and write it to csrc/cuda/budget.json
+
+tests/test_cuda_build.py holds the kernels to that file.
 """
 
 import argparse

@@ -15,6 +15,7 @@ using namespace mvat::cuda;
 
 namespace mvat::cuda {
 void self_test(int which, const float* x, float* out);
+void join_moments(const float* partial, int64_t columns, int64_t rows, float* mean, float* variance);
 }
 
 namespace {
@@ -45,6 +46,9 @@ PYBIND11_MODULE(mvat_emulation, m) {
       }));
 
   m.def("self_test", [](int which, uintptr_t x, uintptr_t out) { self_test(which, at<float>(x), at<float>(out)); });
+  m.def("join_moments", [](uintptr_t partial, int64_t columns, int64_t rows, uintptr_t mean, uintptr_t variance) {
+    join_moments(at<float>(partial), columns, rows, at<float>(mean), at<float>(variance));
+  });
 
   m.def("attention_map", [](const Feature& x, float p, uintptr_t map) { attention_map(x, p, at<float>(map), {}); });
   m.def("attention_map_backward", [](uintptr_t grad, const Feature& x, float p, uintptr_t dx) {

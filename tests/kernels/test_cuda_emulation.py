@@ -161,9 +161,7 @@ def check_loss(emulated: ModuleType, student: list[Tensor], teacher: list[Tensor
     loss, dx = run_loss(emulated, student, teacher, grad, p, paper)
     exact = [x.double().requires_grad_() for x in student]
     form = "paper" if paper else "code"
-    expected = attention_transfer_loss_reference(
-        exact, [x.double() for x in teacher], p=p, form=form, reduction="none"
-    )
+    expected = attention_transfer_loss_reference(exact, [x.double() for x in teacher], p=p, form=form, reduction="none")
     gradients = torch.autograd.grad(expected, exact, grad.double())
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=1e-12)
     for got, gradient in zip(dx, gradients, strict=True):
@@ -254,9 +252,7 @@ def check_channel_attention(emulated: ModuleType, x: Tensor, hidden: int) -> Non
 @pytest.mark.parametrize(
     "shape, hidden", [((1, 1, 1), 1), ((2, 4, 60), 2), ((1, 40, 249), 20), ((3, 7, 4101), 3), ((2, 2, 8196), 40)]
 )
-def test_channel_attention(
-    emulated: ModuleType, shape: tuple[int, int, int], hidden: int, dtype: torch.dtype
-) -> None:
+def test_channel_attention(emulated: ModuleType, shape: tuple[int, int, int], hidden: int, dtype: torch.dtype) -> None:
     check_channel_attention(emulated, torch.randn(shape).to(dtype), hidden)
 
 
@@ -273,9 +269,7 @@ def test_channel_attention_takes_the_first_maximum_and_hands_nan_on(emulated: Mo
     n = x.shape[1]
     w, b = torch.zeros(n, n), torch.zeros(n)
     y, gate, pooled, index = torch.empty_like(x), poisoned(1, n), poisoned(2, 1, n), torch.full((1, n), -1)
-    emulated.channel_attention(
-        feature(emulated, x), n, *(t.data_ptr() for t in (w, b, w, b, y, gate, pooled, index))
-    )
+    emulated.channel_attention(feature(emulated, x), n, *(t.data_ptr() for t in (w, b, w, b, y, gate, pooled, index)))
     assert index.tolist() == [[0, 37, 401, 0, 0]]
     assert torch.isnan(pooled[:, 0, 2]).all() and torch.isnan(gate).all()
     torch.testing.assert_close(F.adaptive_max_pool1d(x, 1)[..., 0], pooled[0], equal_nan=True)
@@ -291,7 +285,7 @@ def addresses(*tensors: Tensor) -> list[int]:
 def run_local_attention(
     emulated: ModuleType, x: Tensor, grad: Tensor, values: list[Tensor], segment: int, training: bool
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """values: depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2; y, the gradients, statistics."""
+    """y, the gradients and the statistics; values: depthwise, norm1's four tensors, conv, norm2's four."""
     depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2 = values
     batch, n, length = x.shape
     chunks = (length + segment) // (segment // 2) + 1
@@ -336,7 +330,9 @@ def check_local_attention(
     for got, want in zip(gradients, torch.autograd.grad(expected, leaves, grad.double()), strict=True):
         assert_near(got, want, 2 * error)
     if not training:
-        assert torch.equal(statistics, torch.stack((torch.cat((values[3], values[8])), torch.cat((values[4], values[9])))))
+        assert torch.equal(
+            statistics, torch.stack((torch.cat((values[3], values[8])), torch.cat((values[4], values[9]))))
+        )
         return
     count = x.shape[0] * ((x.shape[2] + segment) // (segment // 2) + 1) * segment
     mean, var = torch.cat((mean1, mean2)), torch.cat((var1, var2)) * (count - 1) / count
@@ -371,3 +367,63 @@ def test_local_attention(
 
 def test_local_attention_of_a_view(emulated: ModuleType) -> None:
     check_local_attention(emulated, torch.randn(3, 6, 300)[::2, 1:, 3:284], 31, 7, 64, True)
+
+
+def test_local_attention_of_silence(emulated: ModuleType) -> None:
+    x = torch.zeros(1, 3, 200)
+    values = [torch.randn(3, 1, 31), torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), torch.randn(1, 2, 7)]
+    values += [torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1)]
+    y, gradients, _ = run_local_attention(emulated, x, torch.randn(x.shape), values, 64, True)
+    assert not y.any() and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_moments_of_a_large_mean(emulated: ModuleType) -> None:
+    """mean / std = 1000: E[x^2] - mean^2 would lose every digit of the variance.
+
+    The padding's zeros are no part of a large mean, so the moments are tested by themselves, over parts of 31 values.
+    """
+    x = 1000 + torch.randn(7, 600, 31)
+    partial = torch.stack((torch.full((7, 600), 31.0), x.mean(2), x.var(2, correction=0) * 31), 2)
+    mean, variance = poisoned(7), poisoned(7)
+    emulated.join_moments(partial.data_ptr(), 7, 600, mean.data_ptr(), variance.data_ptr())
+    torch.testing.assert_close(mean.double(), x.double().mean((1, 2)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(variance.double(), x.double().var((1, 2), correction=0), rtol=1e-5, atol=0)
+    # And within a thread and a warp: channels of which only whole chunks are loud.
+    loud = torch.zeros(1, 1, 64 * 96)
+    loud[0, 0, 64:-64] = 1000 + torch.randn(64 * 94)
+    values = [torch.ones(1, 1, 1), torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1), torch.zeros(1, 2, 1)]
+    values += [torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1)]
+    statistics = run_local_attention(emulated, loud, torch.randn(loud.shape), values, 64, True)[2]
+    chunks = F.pad(loud.double(), (64, 64)).unfold(-1, 64, 32)
+    torch.testing.assert_close(statistics[1, 0].double(), chunks.var(correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_local_attention_hands_nan_on(emulated: ModuleType, training: bool) -> None:
+    x = torch.randn(1, 3, 400)
+    x[0, 1, 200] = NAN
+    values = [torch.randn(3, 1, 31), torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3), torch.randn(1, 2, 7)]
+    values += [torch.ones(1), torch.zeros(1), torch.zeros(1), torch.ones(1)]
+    exact = [t.double() for t in (x, *values)]
+    norm1, norm2 = Norm(*exact[2:6]), Norm(*exact[7:])
+    expected = local_attention_reference(exact[0], exact[1], norm1, exact[6], norm2, 64, training)
+    emulated_y = poisoned(1, 3, 400)
+    depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2 = values
+    parameters = emulated.LocalParameters(
+        addresses(depthwise, weight1, bias1, conv, weight2, bias2), 31, 7, 64, 1e-5, 1e-5, training
+    )
+    chunks = (400 + 64) // 32 + 1
+    saved = torch.zeros(1, chunks, 64), torch.zeros(1, 2, chunks, 64), torch.zeros(1, chunks, 64, dtype=torch.int32)
+    statistics = torch.zeros(2, 4)
+    running = addresses(mean1, var1, mean2, var2)
+    emulated.local_attention(
+        feature(emulated, x), parameters, running, emulated_y.data_ptr(), addresses(*saved, statistics)
+    )
+    assert torch.equal(torch.isnan(emulated_y), torch.isnan(expected))
+    torch.testing.assert_close(emulated_y.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_local_attention_says_what_it_cannot_take(emulated: ModuleType) -> None:
+    assert emulated.local_attention_limit(64, 31) is None and emulated.local_attention_limit(256, 31) is None
+    assert "256" in emulated.local_attention_limit(258, 31)
+    assert "taps" in emulated.local_attention_limit(64, 1001)

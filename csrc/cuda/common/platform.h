@@ -25,8 +25,13 @@
 namespace mvat::cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-// Kernels that loop over their work take at most this many blocks; the grid's own limit is 2^31 - 1.
+// Kernels that loop over their work take at most this many blocks; the grid's own limit is 2^31 - 1. Few in the emulation, so
+// that its tests go through the loops.
+#ifdef MVAT_EMULATION
+constexpr int64_t kMaxBlocks = 5;
+#else
 constexpr int64_t kMaxBlocks = 1 << 30;
+#endif
 
 inline int64_t grid_for(int64_t blocks) { return blocks < kMaxBlocks ? blocks : kMaxBlocks; }
 
