@@ -181,14 +181,14 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Feature x, Pieces piece
                const T* const source = static_cast<const T*>(x.data) + clip * x.batch_stride + channel * x.channel_stride;
                T* const target = y + row * x.length;
                const float scale = gate[row];
-#pragma unroll 4
-               for (int64_t t = start + threadIdx.x % 32 * V; t < end; t += 32 * V) {
-                 float value[V];
-                 load<V>(source + t, value);
+               transform<V, 4>(
+                   start + threadIdx.x % 32 * V, end, 32 * V,
+                   [&](int64_t t, float(&value)[V]) { load<V>(source + t, value); },
+                   [&](int64_t t, float(&value)[V]) {
 #pragma unroll
-                 for (int v = 0; v < V; v++) value[v] *= scale;
-                 store<V>(target + t, value);
-               }
+                     for (int v = 0; v < V; v++) value[v] *= scale;
+                     store<V>(target + t, value);
+                   });
              });
 }
 
@@ -297,15 +297,15 @@ __global__ void __launch_bounds__(kThreads)
                T* const target = dx + row * grad.length;
                const float scale = gate[row], maximum = dpooled[row], mean = dpooled[rows + row] / grad.length;
                const int64_t first = index[row];
-#pragma unroll 4
-               for (int64_t t = start + threadIdx.x % 32 * V; t < end; t += 32 * V) {
-                 float value[V];
-                 load<V>(source + t, value);
+               transform<V, 4>(
+                   start + threadIdx.x % 32 * V, end, 32 * V,
+                   [&](int64_t t, float(&value)[V]) { load<V>(source + t, value); },
+                   [&](int64_t t, float(&value)[V]) {
 #pragma unroll
-                 for (int v = 0; v < V; v++)
-                   value[v] = value[v] * scale + mean + (t + v == first ? maximum : 0.0f);
-                 store<V>(target + t, value);
-               }
+                     for (int v = 0; v < V; v++)
+                       value[v] = value[v] * scale + mean + (t + v == first ? maximum : 0.0f);
+                     store<V>(target + t, value);
+                   });
              });
 }
 

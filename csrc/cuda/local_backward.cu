@@ -258,16 +258,38 @@ struct Outputs {
     }
   }
 
+  // The gradient of y at these samples; early, for the memory takes its time.
+  __device__ void fetch(const Feature& grad, int64_t channel) {
+    if (grad.type == Type::kFloat) return fetch_as<float>(grad, channel);
+    if (grad.type == Type::kBFloat16) return fetch_as<__nv_bfloat16>(grad, channel);
+    fetch_as<__half>(grad, channel);
+  }
+
   // tile holds the gradients of the chunks' samples.
+  __device__ void write(const LocalShape& s, Type type, int64_t channel, const float* tile, void* dx) const {
+    if (type == Type::kFloat) return write_as<float>(s, channel, tile, dx);
+    if (type == Type::kBFloat16) return write_as<__nv_bfloat16>(s, channel, tile, dx);
+    write_as<__half>(s, channel, tile, dx);
+  }
+
+ private:
+  float above[kOutputs];
+
   template <typename T>
-  __device__ void write(const LocalShape& s, const Feature& grad, int64_t channel, const float* tile, void* dx) const {
+  __device__ void fetch_as(const Feature& grad, int64_t channel) {
     const T* const source = static_cast<const T*>(grad.data) + channel * grad.channel_stride;
+#pragma unroll
+    for (int n = 0; n < kOutputs; n++) above[n] = from[n] < 0 ? 0.0f : to_float(source[from[n]]);
+  }
+
+  template <typename T>
+  __device__ void write_as(const LocalShape& s, int64_t channel, const float* tile, void* dx) const {
     T* const target = static_cast<T*>(dx) + channel * s.length;
 #pragma unroll
     for (int n = 0; n < kOutputs; n++) {
-      if (from[n] < 0) continue;
+      if (to[n] < 0) continue;
       const float* const chunk = tile + (first + 8 * n) * s.stride + s.margin + column;
-      set(target[to[n]], to_float(source[from[n]]) * mask[n] + (chunk[0] + chunk[s.hop - s.stride]));
+      set(target[to[n]], above[n] * mask[n] + (chunk[0] + chunk[s.hop - s.stride]));
     }
   }
 };
@@ -289,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
   const int64_t end = begin + group < s.channels ? begin + group : s.channels;
   const int place = lane * s.stride + s.margin + warp * kEach;
   const Upper upper(s, saved, space, first_row + lane, warp * kEach);
-  const Outputs outputs(s, saved.attention, grad, first_row);
+  Outputs outputs(s, saved.attention, grad, first_row);
   Chunks chunks(s, x, first_row);
   clear(tile, 2 * kRows * s.stride);
   chunks.fetch(x, begin);
@@ -321,17 +343,12 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
       for (int w = 0; w < s.warps; w++) total += parts[w * wide_taps + k];
       space.depthwise[(c * s.taps + k) * gridDim.x + blockIdx.x] = total;
     }
+    outputs.fetch(grad, c);
     convolve<kTaps>(upper_tile + place, flipped, s.taps, v);
 #pragma unroll
     for (int r = 0; r < kEach; r++) tile[place + r] = v[r];
     __syncthreads();
-    if (x.type == Type::kFloat) {
-      outputs.write<float>(s, grad, c, tile, gradients.x);
-    } else if (x.type == Type::kBFloat16) {
-      outputs.write<__nv_bfloat16>(s, grad, c, tile, gradients.x);
-    } else {
-      outputs.write<__half>(s, grad, c, tile, gradients.x);
-    }
+    outputs.write(s, x.type, c, tile, gradients.x);
   }
 }
 

@@ -168,14 +168,14 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int v = 0; v < V; v++) mask[v] = mask_at(s, attention, clip, t + v);
     const T* const source = static_cast<const T*>(x.data) + clip * x.batch_stride + t;
     T* const target = y + clip * x.channels * x.length + t;
-#pragma unroll 4
-    for (int64_t c = place.row; c < x.channels; c += place.rows) {
-      float value[V];
-      load<V>(source + c * x.channel_stride, value);
+    transform<V, 4>(
+        place.row, x.channels, place.rows,
+        [&](int64_t c, float(&value)[V]) { load<V>(source + c * x.channel_stride, value); },
+        [&](int64_t c, float(&value)[V]) {
 #pragma unroll
-      for (int v = 0; v < V; v++) value[v] *= mask[v];
-      store<V>(target + c * x.length, value);
-    }
+          for (int v = 0; v < V; v++) value[v] *= mask[v];
+          store<V>(target + c * x.length, value);
+        });
   }
 }
 

@@ -85,6 +85,21 @@ __device__ inline void store(T* target, const float (&value)[V]) {
   }
 }
 
+// Goes through begin, begin + step, ... below end: from(i, value) loads, to(i, value) stores. kAhead loads go out before the first
+// store, which the compiler cannot arrange by itself, for it must fear that they overlap.
+template <int V, int kAhead, typename From, typename To>
+__device__ __forceinline__ void transform(int64_t begin, int64_t end, int64_t step, const From& from, const To& to) {
+  for (int64_t i = begin; i < end; i += kAhead * step) {
+    float value[kAhead][V];
+#pragma unroll
+    for (int a = 0; a < kAhead; a++)
+      if (i + a * step < end) from(i + a * step, value[a]);
+#pragma unroll
+    for (int a = 0; a < kAhead; a++)
+      if (i + a * step < end) to(i + a * step, value[a]);
+  }
+}
+
 // Calls work(T()) with the element type that `type` names.
 template <typename Work>
 void with_type(Type type, const Work& work) {

@@ -57,14 +57,13 @@ __device__ __forceinline__ void map_tile(const T* x, int64_t stride, int64_t cha
 template <typename T, int V, Power P>
 __device__ __forceinline__ void gradient_tile_of(const Place<V>& place, const float (&grad)[V], const T* x, int64_t stride,
                                  int64_t channels, float p, T* dx, int64_t dx_stride) {
-#pragma unroll kUnroll<P> == 1 ? 1 : 4
-  for (int64_t c = place.row; c < channels; c += place.rows) {
-    float value[V];
-    load<V>(x + c * stride, value);
+  transform<V, kUnroll<P> == 1 ? 1 : 4>(
+      place.row, channels, place.rows, [&](int64_t c, float(&value)[V]) { load<V>(x + c * stride, value); },
+      [&](int64_t c, float(&value)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; v++) value[v] = slope<P>(value[v], grad[v], p);
-    store<V>(dx + c * dx_stride, value);
-  }
+        for (int v = 0; v < V; v++) value[v] = slope<P>(value[v], grad[v], p);
+        store<V>(dx + c * dx_stride, value);
+      });
 }
 
 // Writes the gradient of a map's V columns, grad, to every channel. x and dx point at the thread's first column.
