@@ -1,10 +1,10 @@
 // The distance of normalised attention maps, all pairs in one launch: || Q_S/||Q_S|| - Q_T/||Q_T|| ||.
 //
-// Forward, three launches for up to 28 pairs, their descriptions in the kernels' parameters: (1) every feature is read once and
-// leaves its map, and a largest value and a sum of squares for each tile; (2) tiles of maps, C times smaller, leave the normalised
-// maps' difference in the teacher's place and partial sums; (3) a block a pair joins these. Norms and distances are in double:
-// squares neither over- nor underflow, and the difference of close maps keeps its digits. Backward, one launch: the student's
-// features are read once and their gradients written once. Every sum has one fixed order.
+// Forward, three launches for up to 28 pairs, their descriptions in the kernels' parameters: (1) every feature is read once
+// and leaves its map, and a largest value and a sum of squares for each tile; (2) tiles of maps, C times smaller, leave the
+// normalised maps' difference in the teacher's place and partial sums; (3) a block a pair joins these. Norms and distances are
+// in double: squares neither over- nor underflow, and the difference of close maps keeps its digits. Backward, one launch: the
+// student's features are read once and their gradients written once. Every sum has one fixed order.
 #include "attention_transfer_loss.h"
 
 #include <vector>

@@ -1,9 +1,9 @@
 // y = x * sigmoid(fc(max_t x) + fc(mean_t x)): the channel view.
 //
 // Forward: a warp takes a piece of a channel's samples and leaves its maximum, its index and its sum; a block a clip joins the
-// pieces in their order and forms the gate; a third pass multiplies. Backward: the same pieces of sum_t grad * x; a block a clip
-// goes back through the gate; the weights' gradients, one thread an element over the clips in their order; and
-// dx = grad * gate + dmean / T, with dmax added at the maximum's index.
+// pieces in their order and forms the gate; a third pass multiplies. Backward: the same pieces of sum_t grad * x; a block a
+// clip goes back through the gate; the weights' gradients, one thread an element over the clips in their order; and dx = grad
+// * gate + dmean / T, with dmax added at the maximum's index.
 #include "channel_attention.h"
 
 #include "common/reduce.h"

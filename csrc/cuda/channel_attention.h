@@ -13,8 +13,8 @@ struct Layers {
 int64_t channel_attention_workspace(const Feature& x, int64_t hidden);
 int64_t channel_attention_backward_workspace(const Feature& x, int64_t hidden);
 
-// y [B, C, T] = x * gate, in x's type; gate [B, C] = sigmoid(fc(maximum) + fc(mean)); pooled [2, B, C]: maximum and mean over T;
-// index [B, C] of the first maximum.
+// y [B, C, T] = x * gate, in x's type; gate [B, C] = sigmoid(fc(maximum) + fc(mean)); pooled [2, B, C]: maximum and mean over
+// T; index [B, C] of the first maximum.
 void channel_attention(const Feature& x, const Layers& fc, void* y, float* gate, float* pooled, int64_t* index,
                        void* workspace, cudaStream_t stream);
 

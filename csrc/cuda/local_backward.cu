@@ -1,8 +1,8 @@
 // The gradients of the local view, in five steps: the mask's gradient, a sum over channels of grad * x; back through sigmoid,
-// norm2 and the small convolution, all C times smaller than the features; a pass over the features for the sums that norm1 needs;
-// a last one for the gradients of x and of the depthwise weights. Each pass over the features convolves its chunks again rather
-// than reading a convolution that would be twice as large as they are. A sample takes the gradients of its two chunks from shared
-// memory, a block having 31 chunks of its own and the one before them; no atomic additions anywhere.
+// norm2 and the small convolution, all C times smaller than the features; a pass over the features for the sums that norm1
+// needs; a last one for the gradients of x and of the depthwise weights. Each pass over the features convolves its chunks
+// again rather than reading a convolution that would be twice as large as they are. A sample takes the gradients of its two
+// chunks from shared memory, a block having 31 chunks of its own and the one before them; no atomic additions anywhere.
 #include "local_attention.h"
 
 #include "common/reduce.h"
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kTileThreads) mask_kernel(Feature grad, Featur
       };
       sum_channels<V, 4>(place, x.channels, term, total);
     }
-    join_rows<V>(place, total, x.length - start, [&](int64_t column, float sum) { out[clip * x.length + start + column] = sum; });
+    join_rows<V>(place, total, x.length - start,
+                 [&](int64_t column, float sum) { out[clip * x.length + start + column] = sum; });
   }
 }
 

@@ -1,9 +1,10 @@
 // Overlapped chunks of features in shared memory and the depthwise convolution inside them: what every pass of the local view
 // over the features begins with.
 //
-// A block takes 32 chunks, a lane each, and all their positions, 8 a thread: warp q has positions 8 q .. 8 q + 7. Chunks of all
-// clips are counted on as rows, so that short clips share a block. A chunk lies in shared memory between margins that stay zero,
-// the convolution's padding; a row is an odd number of 16-byte words long, so that the lanes' vector reads meet no bank twice.
+// A block takes 32 chunks, a lane each, and all their positions, 8 a thread: warp q has positions 8 q .. 8 q + 7. Chunks of
+// all clips are counted on as rows, so that short clips share a block. A chunk lies in shared memory between margins that stay
+// zero, the convolution's padding; a row is an odd number of 16-byte words long, so that the lanes' vector reads meet no bank
+// twice.
 #pragma once
 
 #include "common/platform.h"

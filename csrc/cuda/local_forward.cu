@@ -1,8 +1,9 @@
 // y = x * m, m = overlap_add(a) / 2, a = sigmoid(norm2(conv(max and mean over channels of silu(norm1(depthwise(chunks)))))).
 //
-// Forward: in training a pass over the features leaves the moments of every channel's convolution; a second pass convolves again,
-// normalises and pools over the channels, so that no unfolded feature is ever written; the mask is C times smaller; a last pass
-// multiplies. Few chunks with many channels are split over the channels too, and their pools joined in the channels' order.
+// Forward: in training a pass over the features leaves the moments of every channel's convolution; a second pass convolves
+// again, normalises and pools over the channels, so that no unfolded feature is ever written; the mask is C times smaller; a
+// last pass multiplies. Few chunks with many channels are split over the channels too, and their pools joined in the channels'
+// order.
 #include "local_attention.h"
 
 #include "common/reduce.h"

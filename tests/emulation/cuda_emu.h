@@ -1,9 +1,9 @@
 // Runs the CUDA kernels of csrc/cuda on the CPU, for tests: one fibre a CUDA thread, one block at a time on an OS thread.
 //
 // What it notices: shared memory read before it was written (it starts as NaN), a missing barrier (the fibres run in ascending
-// and in descending order by turns, so that a reader comes before its writer sooner or later), a barrier or shuffle that not all
-// threads of the block or warp reach (an error instead of a hang), writes past the dynamic shared memory. What it does not see:
-// races between blocks, reads out of bounds of global memory, anything that only the hardware does.
+// and in descending order by turns, so that a reader comes before its writer sooner or later), a barrier or shuffle that not
+// all threads of the block or warp reach (an error instead of a hang), writes past the dynamic shared memory. What it does not
+// see: races between blocks, reads out of bounds of global memory, anything that only the hardware does.
 #pragma once
 
 #include <algorithm>

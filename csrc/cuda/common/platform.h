@@ -85,8 +85,8 @@ __device__ inline void store(T* target, const float (&value)[V]) {
   }
 }
 
-// Goes through begin, begin + step, ... below end: from(i, value) loads, to(i, value) stores. kAhead loads go out before the first
-// store, which the compiler cannot arrange by itself, for it must fear that they overlap.
+// Goes through begin, begin + step, ... below end: from(i, value) loads, to(i, value) stores. kAhead loads go out before the
+// first store, which the compiler cannot arrange by itself, for it must fear that they overlap.
 template <int V, int kAhead, typename From, typename To>
 __device__ __forceinline__ void transform(int64_t begin, int64_t end, int64_t step, const From& from, const To& to) {
   for (int64_t i = begin; i < end; i += kAhead * step) {

@@ -1,7 +1,7 @@
 // Passes over features [B, C, T] in which every moment t stands for itself: sums over channels, and maps spread over channels.
 //
-// A block of 8 warps takes a tile of one clip's samples. Each lane has V neighbours in time; `rows` warps share the same samples
-// and take turns at the channels, so that short features with many channels fill the GPU as long ones with few do.
+// A block of 8 warps takes a tile of one clip's samples. Each lane has V neighbours in time; `rows` warps share the same
+// samples and take turns at the channels, so that short features with many channels fill the GPU as long ones with few do.
 #pragma once
 
 #include "platform.h"
