@@ -28,8 +28,8 @@ template <Power P>
 constexpr int kUnroll = P == Power::kAny ? 1 : 8;
 
 template <typename T, int V, Power P, typename Emit>
-__device__ __forceinline__ void map_tile_of(const T* x, int64_t stride, int64_t channels, int64_t length, const Spread& spread, float p,
-                            const Emit& emit) {
+__device__ __forceinline__ void map_tile_of(const T* x, int64_t stride, int64_t channels, int64_t length,
+                                            const Spread& spread, float p, const Emit& emit) {
   const Place<V> place(spread);
   float total[V] = {};
   if (place.column < length) {
@@ -47,8 +47,8 @@ __device__ __forceinline__ void map_tile_of(const T* x, int64_t stride, int64_t 
 // Calls emit(column, sum over channels of |x|^p) for the columns of a tile; x is the tile's first sample, `length` what is left
 // of the clip from there. For V = 4 `length` is a multiple of 4.
 template <typename T, int V, typename Emit>
-__device__ __forceinline__ void map_tile(const T* x, int64_t stride, int64_t channels, int64_t length, const Spread& spread, float p,
-                         const Emit& emit) {
+__device__ __forceinline__ void map_tile(const T* x, int64_t stride, int64_t channels, int64_t length,
+                                         const Spread& spread, float p, const Emit& emit) {
   if (p == 2) return map_tile_of<T, V, Power::kTwo>(x, stride, channels, length, spread, p, emit);
   if (p == 1) return map_tile_of<T, V, Power::kOne>(x, stride, channels, length, spread, p, emit);
   map_tile_of<T, V, Power::kAny>(x, stride, channels, length, spread, p, emit);
@@ -68,8 +68,8 @@ __device__ __forceinline__ void gradient_tile_of(const Place<V>& place, const fl
 
 // Writes the gradient of a map's V columns, grad, to every channel. x and dx point at the thread's first column.
 template <typename T, int V>
-__device__ __forceinline__ void gradient_tile(const Place<V>& place, const float (&grad)[V], const T* x, int64_t stride, int64_t channels,
-                              float p, T* dx, int64_t dx_stride) {
+__device__ __forceinline__ void gradient_tile(const Place<V>& place, const float (&grad)[V], const T* x, int64_t stride,
+                                              int64_t channels, float p, T* dx, int64_t dx_stride) {
   if (p == 2) return gradient_tile_of<T, V, Power::kTwo>(place, grad, x, stride, channels, p, dx, dx_stride);
   if (p == 1) return gradient_tile_of<T, V, Power::kOne>(place, grad, x, stride, channels, p, dx, dx_stride);
   gradient_tile_of<T, V, Power::kAny>(place, grad, x, stride, channels, p, dx, dx_stride);
