@@ -1,8 +1,9 @@
-"""Builds mvat._C, the C++ operators. Everything else about the package stands in pyproject.toml.
+"""Builds mvat._C, the C++ and CUDA operators. Everything else about the package stands in pyproject.toml.
 
 The extension keeps to PyTorch's stable ABI and Python's limited API: one binary serves every PyTorch >= 2.11 and every
 Python >= 3.11. Without a C++ compiler the pure-Python part is installed, and the operators run their plain PyTorch
-references; a compiler that fails is an error.
+references; a compiler that fails is an error. The CUDA part is built where PyTorch has CUDA and nvcc is found, for the
+architectures in TORCH_CUDA_ARCH_LIST, else those of the GPUs in sight, else all of ARCHITECTURES.
 """
 
 import os
@@ -26,6 +27,8 @@ COMPILE = [
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):
     COMPILE.append("-mprefer-vector-width=512")
+COMPILE_CUDA = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
 def find_compiler() -> str | None:
@@ -34,6 +37,25 @@ def find_compiler() -> str | None:
         if command and shutil.which(command):
             return command
     return None
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA part is built: PyTorch has CUDA, and its compiler is found. Chooses the architectures then."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return False
+    if CUDA_HOME is None or not shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")):
+        print(
+            f"mvat: NO NVCC FOUND ($CUDA_HOME, PATH): installing without the CUDA kernels; for them install the CUDA "
+            f"toolkit {torch.version.cuda} and build again",
+            file=sys.stderr,
+        )
+        return False
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return True
 
 
 def extension() -> dict[str, object]:
@@ -48,13 +70,17 @@ def extension() -> dict[str, object]:
         return {}
     # Both setuptools and PyTorch's build helper read the compiler from here.
     os.environ["CXX"] = compiler
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    module = CppExtension(
+    files = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*"))
+    cuda = has_cuda()
+    sources = [str(path) for path in files if path.suffix in (".cpp", ".cu") and (cuda or "cuda" not in path.parts)]
+    compile_cpp = [*COMPILE, "-DUSE_CUDA"] if cuda else COMPILE
+    module = (CUDAExtension if cuda else CppExtension)(
         "mvat._C",
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
-        extra_compile_args=COMPILE,
+        sources,
+        depends=[str(path) for path in files if path.suffix == ".h"],
+        extra_compile_args={"cxx": compile_cpp, "nvcc": COMPILE_CUDA},
         py_limited_api=True,
     )
     return {

@@ -68,6 +68,23 @@ def test_a_failing_compiler_is_an_error(source: Path) -> None:
     assert "broken on purpose" in result.stdout and "NO C++ COMPILER" not in result.stdout
 
 
+@needs_compiler
+def test_a_pytorch_with_cuda_but_no_nvcc_installs_the_rest(source: Path) -> None:
+    shutil.rmtree(source / "csrc" / "cpu")
+    script = """
+import runpy, sys
+import torch
+import torch.utils.cpp_extension as helper
+torch.version.cuda, helper.CUDA_HOME = "13.0", None
+sys.argv = ["setup.py", "build"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("NO NVCC FOUND") == 1 and "toolkit 13.0" in result.stderr
+    assert list((source / "build").rglob("_C.abi3.so"))
+
+
 def test_the_reason_names_what_is_missing_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mvat._C", None)  # importing it raises ModuleNotFoundError
     command = "pip install --no-build-isolation --force-reinstall --no-deps ."
