@@ -32,4 +32,12 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   m.def("local_attention_backward(Tensor grad, Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor conv,"
         " Tensor weight2, Tensor attention, Tensor pooled, Tensor index, Tensor statistics, int segment_len, float eps1,"
         " float eps2, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // a and m [heads, S, S] with S = segment_len: scores = (X a) X', output = (softmax(scores) X) m', in the dtype of x.
+  // -> (y; lse [B, C, heads, P]: the scores' log-sum-exp to base 2, mixed [B, C, heads, P, S]: softmax(scores) X). Without `keep`
+  //     the last two have a batch of 0.
+  m.def("global_attention(Tensor x, Tensor a, Tensor m, int segment_len, bool keep) -> (Tensor, Tensor, Tensor)");
+  // -> gradients of x, a, m.
+  m.def("global_attention_backward(Tensor grad, Tensor x, Tensor a, Tensor m, Tensor lse, Tensor mixed, int segment_len)"
+        " -> (Tensor, Tensor, Tensor)");
 }

@@ -12,14 +12,16 @@ The padding makes whole chunks of zeros at the ends; they take part in the softm
 Source: Park et al., "MANNER", ICASSP 2022.
 """
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels import native
+from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
 from mvat.kernels.checks import check_features, check_integer, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
-
-register("global_attention", not_written)
 
 
 def global_attention_reference(
@@ -64,5 +66,37 @@ def global_attention(
     for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v)):
         check_parameter(op, name, weight, (width, segment_len), x)
     check_parameter(op, "w_o", w_o, (segment_len, width), x)
-    use_fused(op, x)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_q, w_k, w_v, w_o))
+    if use_fused(op, x) and not wants_gradient:
+        a, m = absorb(w_q, w_k, w_v, w_o, heads)
+        return torch.ops.mvat.global_attention(x, a, m, segment_len, wants_gradient)[0]
     return global_attention_reference(x, w_q, w_k, w_v, w_o, heads, segment_len)
+
+
+def absorb(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """A = Wq' Wk / sqrt(d) and M = Wo Wv of every head, [heads, C, C]: scores = (X A) X', output = (softmax X) M'."""
+    q, k, v = (w.unflatten(0, (heads, -1)) for w in (w_q, w_k, w_v))  # [heads, d, C]
+    a = q.mT @ k / math.sqrt(q.shape[1])
+    return a, w_o.unflatten(1, (heads, -1)).transpose(0, 1) @ v
+
+
+_missing = native.missing("global_attention")
+
+
+def _supports(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return NOT_WRITTEN
+    return _missing
+
+
+register("global_attention", _supports)
+
+
+def _fake(x: Tensor, a: Tensor, m: Tensor, segment_len: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = (x.shape[2] + segment_len) // (segment_len // 2) + 1
+    kept = (x.shape[0] if keep else 0, x.shape[1], a.shape[0], chunks)
+    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty((*kept, segment_len))
+
+
+if _missing is None:
+    torch.library.register_fake("mvat::global_attention", _fake)

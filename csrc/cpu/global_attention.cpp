@@ -1,0 +1,192 @@
+// Self-attention between the overlapped chunks of every channel, and its gradient, on the CPU (the method: global_attention.h).
+//
+// Every sequence's keys are laid out once, then tiles of queries of all sequences are spread over the threads. A tile reads
+// nothing that another one writes, and what is added up across tiles is added in one order, so the thread count changes nothing.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <new>
+#include <tuple>
+
+#include "global_attention.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace mvat::global_attention;
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// What runs on this processor: the kernels of one level, with the sizes that they were compiled for.
+template <typename T>
+struct Level {
+  int64_t rows, lanes;  // the row block; vectors that a block of the signal is rounded up to
+  int64_t forward_queries;
+  int64_t (*forward_workspace)(const Shape&);
+  void (*forward)(const Forward<T>&, int64_t, int64_t, int64_t, int64_t, T*);
+};
+
+// A tile's queries fill up to three vectors; the last tile of a sequence takes no more than it needs.
+template <typename T, int L, int MR>
+MVAT_INLINE void forward_any(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries, T* workspace) {
+  if (queries > 2 * L) return Tile<T, L, 3, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
+  if (queries > L) return Tile<T, L, 2, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
+  Tile<T, L, 1, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
+}
+
+#define MVAT_ENTRIES(NAME, TARGET, T, L, MR)                                                                                \
+  TARGET void forward_##NAME(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries, T* workspace) { \
+    forward_any<T, L, MR>(f, sequence, tile, q0, queries, workspace);                                                       \
+  }                                                                                                                         \
+  const Level<T> level_##NAME = {MR, 2 * L, 3 * L, Tile<T, L, 3, MR, 16>::forward_workspace, forward_##NAME};
+#if MVAT_LEVELS
+MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 8)
+MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 4)
+MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 4)
+#endif
+MVAT_ENTRIES(float_v1, , float, 4, 4)
+MVAT_ENTRIES(double_v1, , double, 2, 4)
+#undef MVAT_ENTRIES
+
+template <typename T>
+const Level<T>& level();
+
+template <>
+const Level<float>& level<float>() {
+#if MVAT_LEVELS
+  if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3;
+#endif
+  return level_float_v1;
+}
+
+template <>
+const Level<double>& level<double>() {
+#if MVAT_LEVELS
+  if (isa_level() >= 3) return level_double_v3;
+#endif
+  return level_double_v1;
+}
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+template <typename T>
+struct Aligned {
+  T* data;
+  explicit Aligned(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+};
+
+Shape shape_of(const Tensor& x, const Tensor& a, int64_t segment_len, int64_t rows, int64_t lanes) {
+  const int64_t half = segment_len / 2, chunks = (x.size(2) + segment_len) / half + 1;
+  return {x.size(0) * x.size(1), x.size(1), x.size(2), a.size(0), half, round_up(half, lanes), chunks,
+          round_up((chunks + 2) / 3, rows)};
+}
+
+template <typename T>
+Signal<T> signal(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// Weights [heads, C, C] in two times two blocks, padded to whole vectors with zeros: [heads, width, width], times a scale.
+template <typename T>
+void pad_weights(const Shape& shape, const Tensor& weights, T scale, T* out) {
+  const T* from = weights.const_data_ptr<T>();
+  std::fill_n(out, shape.heads * shape.width() * shape.width(), T(0));
+  const auto place = [&](int64_t i) { return i < shape.half ? i : shape.padded + i - shape.half; };
+  for (int64_t head = 0; head < shape.heads; head++)
+    for (int64_t i = 0; i < 2 * shape.half; i++)
+      for (int64_t j = 0; j < 2 * shape.half; j++)
+        out[(head * shape.width() + place(i)) * shape.width() + place(j)] =
+            scale * from[head * weights.stride(0) + i * weights.stride(1) + j * weights.stride(2)];
+}
+
+// The triples [sequences, triples, 4, padded] of every sequence.
+template <typename T>
+void lay_out_keys(const Shape& shape, const Signal<T>& x, T* keys) {
+  const int64_t half = shape.half, padded = shape.padded;
+  const int64_t grain = std::max<int64_t>(1, 16384 / (4 * padded));
+  torch::stable::parallel_for(0, shape.sequences * shape.triples, grain, [&](int64_t begin, int64_t end) {
+    const Aligned<T> blocks(4 * half);
+    const T *b0 = blocks.data, *b1 = b0 + half, *b2 = b1 + half, *b3 = b2 + half;
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t sequence = i / shape.triples, k = i % shape.triples * 3;
+      for (int64_t j = 0; j < 4; j++) read_block(shape, x, sequence, k + j, T(1), blocks.data + j * half, 1);
+      T* out = keys + i * 4 * padded;
+      for (int64_t c = 0; c < half; c++) {
+        out[c] = b0[c] - b2[c];
+        out[padded + c] = b1[c] + b2[c];
+        out[2 * padded + c] = b2[c] - b1[c];
+        out[3 * padded + c] = b3[c] - b1[c];
+      }
+      for (int64_t r = 0; r < 4; r++) std::fill(out + r * padded + half, out + (r + 1) * padded, T(0));
+    }
+  });
+}
+
+template <typename T>
+void run_forward(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len, Tensor& y, Tensor* lse, Tensor* mixed) {
+  const Level<T>& kernels = level<T>();
+  const Shape shape = shape_of(x, a, segment_len, kernels.rows, kernels.lanes);
+  const int64_t tiles = (shape.chunks + kernels.forward_queries - 1) / kernels.forward_queries;
+  const int64_t square = shape.heads * shape.width() * shape.width();
+  const Aligned<T> keys(shape.sequences * shape.key_size()), weights(2 * square);
+  const Aligned<T> edges(shape.sequences * tiles * shape.half);
+  pad_weights<T>(shape, a, T(kLog2E), weights.data);
+  pad_weights<T>(shape, m, T(1), weights.data + square);
+  const Forward<T> f = {shape,        signal<T>(x), keys.data, weights.data, weights.data + square, y.mutable_data_ptr<T>(),
+                        edges.data,   lse ? lse->mutable_data_ptr<T>() : nullptr,
+                        mixed ? mixed->mutable_data_ptr<T>() : nullptr};
+  lay_out_keys(shape, f.x, keys.data);
+  torch::stable::parallel_for(0, shape.sequences * tiles, 1, [&](int64_t begin, int64_t end) {
+    const Aligned<T> workspace(kernels.forward_workspace(shape));
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t q0 = i % tiles * kernels.forward_queries;
+      kernels.forward(f, i / tiles, i, q0, std::min(kernels.forward_queries, shape.chunks - q0), workspace.data);
+    }
+  });
+  for (int64_t i = 0; i < shape.sequences * tiles; i++) {
+    if (i % tiles == 0) continue;
+    const int64_t start = (i % tiles * kernels.forward_queries - 2) * shape.half;
+    const int64_t from = std::clamp<int64_t>(-start, 0, shape.half);
+    const int64_t to = std::clamp<int64_t>(shape.length - start, from, shape.half);
+    T* out = f.y + i / tiles * shape.length + start;
+    for (int64_t c = from; c < to; c++) out[c] += edges.data[(i - 1) * shape.half + c];
+  }
+}
+
+void check(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len) {
+  STD_TORCH_CHECK(x.dim() == 3, "global_attention: expected x [B, n, T], got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "global_attention: expected float32 or float64");
+  STD_TORCH_CHECK(segment_len >= 2 && segment_len % 2 == 0, "global_attention: expected an even segment_len, got ", segment_len);
+  for (const Tensor* weights : {&a, &m}) {
+    STD_TORCH_CHECK(weights->dim() == 3 && weights->size(0) == a.size(0) && weights->size(1) == segment_len &&
+                        weights->size(2) == segment_len && weights->scalar_type() == x.scalar_type(),
+                    "global_attention: expected a and m [heads, segment_len, segment_len] in the dtype of x");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len,
+                                                    bool keep) {
+  check(x, a, m, segment_len);
+  const int64_t chunks = (x.size(2) + segment_len) / (segment_len / 2) + 1;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  const int64_t kept = keep ? x.size(0) : 0;
+  Tensor lse = torch::stable::new_empty(x, {kept, x.size(1), a.size(0), chunks});
+  Tensor mixed = torch::stable::new_empty(x, {kept, x.size(1), a.size(0), chunks, segment_len});
+  if (x.scalar_type() == ScalarType::Float) {
+    run_forward<float>(x, a, m, segment_len, y, keep ? &lse : nullptr, keep ? &mixed : nullptr);
+  } else {
+    run_forward<double>(x, a, m, segment_len, y, keep ? &lse : nullptr, keep ? &mixed : nullptr);
+  }
+  return {y, lse, mixed};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) { m.impl("global_attention", TORCH_BOX(&global_attention)); }

@@ -1,0 +1,311 @@
+// The tile of queries that global_attention works on, forward and backward, for one instruction set.
+//
+// Keys and values are the windows of the padded signal, and neighbouring windows share half their samples: chunk k is the pair
+// of blocks (b_k, b_k+1). A query's scores q1.b_k + q2.b_k+1 are therefore a two-tap filter over blocks, and three of its outputs
+// take four products of half width instead of six (Winograd's F(3, 2)):
+//     t0 = b0 - b2, t1 = b1 + b2, t2 = b2 - b1, t3 = b3 - b1               of the blocks b0 .. b3 of three keys, a "triple"
+//     g0 = q1, g1 = (q1 + q2) / 2, g2 = (q1 - q2) / 2, g3 = q2             of the query
+//     score0 = t0.g0 + t1.g1 + t2.g2, score1 = t1.g1 - t2.g2, score2 = t1.g1 + t2.g2 + t3.g3
+// The weighted sum of values and all products of the backward pass are this one or its transpose, so every product costs two
+// thirds of its plain form. The points 0, 1, -1 keep the rounding error within that of the plain sum times sqrt(2).
+//
+// Blocking: queries lie in the lanes (L * NV of them), keys are broadcast; everything is transposed, so softmax's statistics need
+// no shuffles. A tile of scores has four rows a triple: three scores, and a spare row that turns them into the weights
+//     w0 = p0, w1 = p0 + p1 + p2, w2 = p0 - p1 + p2, w3 = p2               of t0 .. t3 in the transposed product.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace mvat::global_attention {
+
+// x [B, n, T] in place, whatever its strides.
+template <typename T>
+struct Signal {
+  const T* data;
+  int64_t batch_stride, channel_stride, stride;
+};
+
+struct Shape {
+  int64_t sequences, channels, length;  // B * n, n, T
+  int64_t heads, half, padded;          // h = segment_len / 2, and rounded up to whole vectors: the width of every block here
+  int64_t chunks, triples;              // P; ceil(P / 3) rounded up to whole row blocks
+
+  int64_t width() const { return 2 * padded; }
+  int64_t key_size() const { return triples * 4 * padded; }  // of one sequence
+};
+
+template <typename T>
+struct Forward {
+  Shape shape;
+  Signal<T> x;
+  const T *keys, *a, *m;  // [sequences, triples, 4, padded]; [heads, width, width], a in base 2
+  T *y, *edges;           // [sequences, T]; [tiles, half]: what a tile gives to the next one's first block
+  T *lse, *mixed;         // [sequences, heads, P], in base 2, [sequences, heads, P, 2 half]; or null
+};
+
+template <typename T>
+struct Backward {
+  Shape shape;
+  Signal<T> x, grad;
+  const T *keys, *a, *m, *lse, *mixed;
+};
+
+// Where the gradients of one part of the queries are added up.
+template <typename T>
+struct Gradients {
+  T *keys, *blocks, *a, *m;  // [triples, 4, padded], [P + 1, padded], [heads, width, width] twice
+};
+
+// Block k of the padded signal, samples (k - 2) h ..., times a scale, to out[c * step].
+template <typename T>
+MVAT_INLINE void read_block(const Shape& shape, const Signal<T>& x, int64_t sequence, int64_t k, T scale, T* out, int64_t step) {
+  const int64_t half = shape.half, start = (k - 2) * half;
+  const T* source = x.data + sequence / shape.channels * x.batch_stride + sequence % shape.channels * x.channel_stride;
+  const int64_t from = std::clamp<int64_t>(-start, 0, half), to = std::clamp<int64_t>(shape.length - start, from, half);
+  for (int64_t c = 0; c < from; c++) out[c * step] = 0;
+  for (int64_t c = from; c < to; c++) out[c * step] = scale * source[(start + c) * x.stride];
+  for (int64_t c = to; c < half; c++) out[c * step] = 0;
+}
+
+// L lanes, NV vectors of queries, MR broadcast rows in a register block, key tiles of TJ triples.
+template <typename T, int L, int NV, int MR, int TJ>
+struct Tile {
+  using Vector = typename Simd<T, L>::Vector;
+  using Memory = typename Simd<T, L>::Memory;
+  static constexpr int64_t kQueries = L * NV;
+  static constexpr int64_t kBlocks = kQueries + L;  // one more block than queries, in whole vectors
+
+  static_assert(TJ % MR == 0);
+
+  MVAT_INLINE void load(Vector (&acc)[MR][NV], const T* from, int64_t row) {
+    MVAT_UNROLL for (int r = 0; r < MR; r++)
+      MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = *(const Memory*)(from + r * row + v * L);
+  }
+  MVAT_INLINE void store(const Vector (&acc)[MR][NV], T* to, int64_t row) {
+    MVAT_UNROLL for (int r = 0; r < MR; r++)
+      MVAT_UNROLL for (int v = 0; v < NV; v++) *(Memory*)(to + r * row + v * L) = acc[r][v];
+  }
+  MVAT_INLINE void add(const Vector (&acc)[MR][NV], T* to, int64_t row) {
+    MVAT_UNROLL for (int r = 0; r < MR; r++)
+      MVAT_UNROLL for (int v = 0; v < NV; v++) *(Memory*)(to + r * row + v * L) += acc[r][v];
+  }
+
+  // Blocks q0 .. q0 + kQueries, transposed: out[c][block].
+  MVAT_INLINE void read_blocks(const Shape& shape, const Signal<T>& x, int64_t sequence, int64_t q0, T scale, T* out) {
+    for (int64_t q = 0; q <= kQueries; q++) read_block(shape, x, sequence, q0 + q, scale, out + q, kBlocks);
+  }
+
+  // g [4, padded, queries] of the filter whose two halves are W' (chunk): q[j] = sum over i of W[i][j] chunk[i].
+  MVAT_INLINE void filter(const Shape& shape, const T* weight, const T* blocks, T* g) {
+    const int64_t padded = shape.padded, width = shape.width(), plane = padded * kQueries;
+    for (int64_t c = 0; c < padded; c += MR) {
+      T* out = g + c * kQueries;
+      Vector acc[MR][NV] = {};
+      multiply_add<T, L, NV, MR>(acc, blocks, kBlocks, weight + c, 1, width, shape.half);
+      multiply_add<T, L, NV, MR>(acc, blocks + 1, kBlocks, weight + padded * width + c, 1, width, shape.half);
+      store(acc, out, kQueries);
+      Vector second[MR][NV] = {};
+      multiply_add<T, L, NV, MR>(second, blocks, kBlocks, weight + padded + c, 1, width, shape.half);
+      multiply_add<T, L, NV, MR>(second, blocks + 1, kBlocks, weight + padded * width + padded + c, 1, width, shape.half);
+      store(second, out + 3 * plane, kQueries);
+      load(acc, out, kQueries);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) {
+          *(Memory*)(out + plane + r * kQueries + v * L) = T(0.5) * (acc[r][v] + second[r][v]);
+          *(Memory*)(out + 2 * plane + r * kQueries + v * L) = T(0.5) * (acc[r][v] - second[r][v]);
+        }
+    }
+  }
+
+  // out [width, queries] += W in, in [width, queries], each query times its scale.
+  MVAT_INLINE void project(const Shape& shape, const T* weight, const T* in, const Vector (&scale)[NV], T* out) {
+    const int64_t padded = shape.padded, width = shape.width();
+    for (int64_t c = 0; c < width; c += MR) {
+      Vector acc[MR][NV] = {};
+      multiply_add<T, L, NV, MR>(acc, in, kQueries, weight + c * width, width, 1, shape.half);
+      multiply_add<T, L, NV, MR>(acc, in + padded * kQueries, kQueries, weight + c * width + padded, width, 1, shape.half);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] *= scale[v];
+      add(acc, out + c * kQueries, kQueries);
+    }
+  }
+
+  // scores [triples, 4, queries], rows 0, 1, 3: start + the filter g over the keys.
+  MVAT_INLINE void score(const Shape& shape, const T* g, const T* keys, int64_t triples, const Vector (&start)[NV], T* scores) {
+    const int64_t padded = shape.padded, half = shape.half, plane = padded * kQueries, row = 4 * kQueries;
+    for (int64_t j = 0; j < triples; j += MR) {
+      const T* key = keys + j * 4 * padded;
+      T* out = scores + j * row;
+      Vector acc[MR][NV];
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = start[v];
+      multiply_add<T, L, NV, MR>(acc, g + plane, kQueries, key + padded, 4 * padded, 1, half);
+      store(acc, out + kQueries, row);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = Vector{};
+      multiply_add<T, L, NV, MR>(acc, g + 2 * plane, kQueries, key + 2 * padded, 4 * padded, 1, half);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) {
+          T* middle = out + r * row + kQueries + v * L;
+          const Vector first = *(const Memory*)middle;
+          *(Memory*)middle = first - acc[r][v];
+          acc[r][v] += first;
+        }
+      store(acc, out + 2 * kQueries, row);
+      multiply_add<T, L, NV, MR>(acc, g, kQueries, key, 4 * padded, 1, half);
+      store(acc, out, row);
+      load(acc, out + 2 * kQueries, row);
+      multiply_add<T, L, NV, MR>(acc, g + 3 * plane, kQueries, key + 3 * padded, 4 * padded, 1, half);
+      store(acc, out + 3 * kQueries, row);
+    }
+  }
+
+  // out [width, queries] += the weighted sum of the keys, from weights w0 .. w3 [triples, 4, queries].
+  MVAT_INLINE void mix(const Shape& shape, const T* weights, const T* keys, int64_t triples, T* out) {
+    const int64_t padded = shape.padded, row = 4 * kQueries, step = 4 * padded;
+    for (int64_t c = 0; c < padded; c += MR) {
+      Vector acc[MR][NV] = {}, difference[MR][NV];
+      multiply_add<T, L, NV, MR>(acc, weights + kQueries, row, keys + padded + c, 1, step, triples);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) {
+          difference[r][v] = acc[r][v];
+          acc[r][v] = Vector{};
+        }
+      multiply_add<T, L, NV, MR>(acc, weights + 2 * kQueries, row, keys + 2 * padded + c, 1, step, triples);
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++) {
+          const Vector sum = T(0.5) * (difference[r][v] + acc[r][v]);
+          difference[r][v] = T(0.5) * (difference[r][v] - acc[r][v]);
+          acc[r][v] = sum;
+        }
+      multiply_add<T, L, NV, MR>(acc, weights, row, keys + c, 1, step, triples);
+      add(acc, out + c * kQueries, kQueries);
+      multiply_add<T, L, NV, MR>(difference, weights + 3 * kQueries, row, keys + 3 * padded + c, 1, step, triples);
+      add(difference, out + (padded + c) * kQueries, kQueries);
+    }
+  }
+
+  // Three values of a triple to the weights of t0 .. t3, in the four rows at `to`.
+  MVAT_INLINE void spread(Vector first, Vector second, Vector third, T* to) {
+    const Vector outer = first + third;
+    *(Memory*)to = first;
+    *(Memory*)(to + kQueries) = outer + second;
+    *(Memory*)(to + 2 * kQueries) = outer - second;
+    *(Memory*)(to + 3 * kQueries) = third;
+  }
+
+  // Rows of scores that are no keys: beyond the last chunk, up to the end of the last row block.
+  MVAT_INLINE void mask(T* scores, int64_t keys, int64_t triples) {
+    for (int64_t k = keys; k < 3 * triples; k++) {
+      T* row = scores + (k / 3 * 4 + k % 3 + (k % 3 == 2)) * kQueries;
+      std::fill_n(row, kQueries, T(-1e30));
+    }
+  }
+
+  static int64_t forward_workspace(const Shape& shape) {
+    return shape.padded * kBlocks + (4 * shape.padded + 2 * shape.width() + 4 * TJ) * kQueries;
+  }
+
+  MVAT_INLINE void forward(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries, T* workspace) {
+    const Shape& shape = f.shape;
+    const int64_t padded = shape.padded, width = shape.width(), half = shape.half;
+    T *blocks = workspace, *g = blocks + padded * kBlocks, *mixed = g + 4 * padded * kQueries;
+    T *y = mixed + width * kQueries, *scores = y + width * kQueries;
+    const T* keys = f.keys + sequence * shape.key_size();
+    read_blocks(shape, f.x, sequence, q0, T(1), blocks);
+    std::fill_n(y, width * kQueries, T(0));
+    for (int64_t head = 0; head < shape.heads; head++) {
+      filter(shape, f.a + head * width * width, blocks, g);
+      std::fill_n(mixed, width * kQueries, T(0));
+      Vector top[NV] = {}, total[NV] = {};  // the scores' running maximum, softmax's denominator
+      for (int64_t j = 0; j < shape.triples; j += TJ) {
+        const int64_t triples = std::min<int64_t>(TJ, shape.triples - j);
+        attend(shape, g, keys + j * 4 * padded, triples, std::min(3 * triples, shape.chunks - 3 * j), j == 0, top, total, mixed,
+               scores);
+      }
+      Vector scale[NV];
+      MVAT_UNROLL for (int v = 0; v < NV; v++) scale[v] = T(1) / total[v];
+      if (f.lse) {
+        for (int64_t q = 0; q < queries; q++) {
+          const int64_t at = (sequence * shape.heads + head) * shape.chunks + q0 + q;
+          const T denominator = total[q / L][q % L];
+          f.lse[at] = top[q / L][q % L] + std::log2(denominator);
+          T* out = f.mixed + at * 2 * half;
+          for (int64_t c = 0; c < half; c++) out[c] = mixed[c * kQueries + q] / denominator;
+          for (int64_t c = 0; c < half; c++) out[half + c] = mixed[(padded + c) * kQueries + q] / denominator;
+        }
+      }
+      MVAT_UNROLL for (int v = 0; v < NV; v++) scale[v] *= T(0.5);  // the overlap-add's
+      project(shape, f.m + head * width * width, mixed, scale, y);
+    }
+    // Block k is the first half of chunk k and the second half of chunk k - 1.
+    for (int64_t q = 0; q < queries; q++) {
+      const int64_t start = (q0 + q - 2) * half;
+      const int64_t from = std::clamp<int64_t>(-start, 0, half), to = std::clamp<int64_t>(shape.length - start, from, half);
+      T* out = f.y + sequence * shape.length + start;
+      if (q == 0) {
+        for (int64_t c = from; c < to; c++) out[c] = y[c * kQueries];
+      } else {
+        for (int64_t c = from; c < to; c++) out[c] = y[c * kQueries + q] + y[(padded + c) * kQueries + q - 1];
+      }
+    }
+    T* edge = f.edges + tile * half;
+    for (int64_t c = 0; c < half; c++) edge[c] = y[(padded + c) * kQueries + queries - 1];
+  }
+
+  // One key tile of the online softmax. The maximum is the scores' start value and rises only when it is exceeded by 2^10;
+  // sums are formed a key tile at a time before they join the totals, which keeps them as exact as a pairwise sum.
+  MVAT_INLINE void attend(const Shape& shape, const T* g, const T* keys, int64_t triples, int64_t count, bool first,
+                          Vector (&top)[NV], Vector (&total)[NV], T* mixed, T* scores) {
+    Vector start[NV], most[NV];
+    MVAT_UNROLL for (int v = 0; v < NV; v++) {
+      start[v] = -top[v];
+      most[v] = Vector{} - std::numeric_limits<T>::max();
+    }
+    score(shape, g, keys, triples, start, scores);
+    for (int64_t k = 0; k < count; k++) {
+      const T* row = scores + (k / 3 * 4 + k % 3 + (k % 3 == 2)) * kQueries;
+      MVAT_UNROLL for (int v = 0; v < NV; v++) {
+        const Vector s = *(const Memory*)(row + v * L);
+        most[v] = most[v] > s ? most[v] : s;
+      }
+    }
+    bool rises = first;
+    for (int v = 0; v < NV; v++)
+      for (int i = 0; i < L; i++) rises |= most[v][i] > T(10);
+    if (__builtin_expect(rises, 0)) {
+      for (int v = 0; v < NV; v++) {
+        Vector rise = most[v];
+        if (!first) rise = rise > T(0) ? rise : Vector{};
+        top[v] += rise;
+        for (int64_t k = 0; k < 4 * triples; k++) *(Memory*)(scores + k * kQueries + v * L) -= rise;
+        rise = -rise;
+        if (first) rise = Vector{};
+        exp2_lanes<L>(rise);
+        total[v] *= rise;
+        for (int64_t c = 0; c < shape.width(); c++) *(Memory*)(mixed + c * kQueries + v * L) *= rise;
+      }
+    }
+    mask(scores, count, triples);
+    Vector sum[NV] = {};
+    for (int64_t j = 0; j < triples; j++) {
+      MVAT_UNROLL for (int v = 0; v < NV; v++) {
+        T* at = scores + j * 4 * kQueries + v * L;
+        Vector p0 = *(const Memory*)at, p1 = *(const Memory*)(at + kQueries), p2 = *(const Memory*)(at + 3 * kQueries);
+        exp2_lanes<L>(p0);
+        exp2_lanes<L>(p1);
+        exp2_lanes<L>(p2);
+        spread(p0, p1, p2, at);
+        sum[v] += p0 + p1 + p2;
+      }
+    }
+    MVAT_UNROLL for (int v = 0; v < NV; v++) total[v] += sum[v];
+    mix(shape, scores, keys, triples, mixed);
+  }
+};
+
+}  // namespace mvat::global_attention
