@@ -56,14 +56,15 @@ MVAT_INLINE Norm tile_norm(const T* q, int64_t length) {
   return {double(largest), squares, exponent};
 }
 
-// Takes q_teacher and leaves d.
+// Leaves the difference where the teacher's map is, or would be.
 template <typename T>
-MVAT_INLINE Distance tile_distance(const T* q_student, T* q_teacher, int64_t length, double student, double teacher) {
+MVAT_INLINE Distance tile_distance(const T* q_student, const T* q_teacher, int64_t length, double student, double teacher,
+                                   T* difference) {
   double squares = 0, product = 0;
 #pragma omp simd reduction(+ : squares, product)
   for (int64_t t = 0; t < length; t++) {
     const double normalised = q_student[t] * student, d = normalised - q_teacher[t] * teacher;
-    q_teacher[t] = T(d);
+    difference[t] = T(d);
     squares += d * d;
     product += normalised * d;
   }
@@ -79,9 +80,9 @@ MVAT_INLINE void tile_upper(const T* q_student, const T* d, int64_t length, doub
 // The entries that are compiled once an instruction set: plain functions, as target_clones wants them.
 #define MVAT_ENTRIES(T)                                                                                              \
   MVAT_CLONES Norm norm_entry(const T* q, int64_t length) { return tile_norm(q, length); }                           \
-  MVAT_CLONES Distance distance_entry(const T* q_student, T* q_teacher, int64_t length, double student,              \
-                                      double teacher) {                                                              \
-    return tile_distance(q_student, q_teacher, length, student, teacher);                                            \
+  MVAT_CLONES Distance distance_entry(const T* q_student, const T* q_teacher, int64_t length, double student,        \
+                                      double teacher, T* difference) {                                               \
+    return tile_distance(q_student, q_teacher, length, student, teacher, difference);                                \
   }                                                                                                                  \
   MVAT_CLONES void upper_entry(const T* q_student, const T* d, int64_t length, double scale, double share, T* out) { \
     tile_upper(q_student, d, length, scale, share, out);                                                             \
@@ -186,16 +187,19 @@ void forward(const std::vector<Tensor>& student, const std::vector<Tensor>& teac
   const auto map_at = [&](const Side<T>& side, const Tile& tile) {
     return maps + side.map + tile.clip * side.length + tile.start;
   };
+  const auto data_at = [](const Side<T>& side, const Tile& tile) {
+    return side.data + tile.clip * side.batch_stride + tile.start;
+  };
 
   std::vector<Norm> norm_parts(tiles.size());
   for_each(tiles.size(), elements(sides), [&](int64_t i) {
     const Tile& tile = tiles[i];
     const Side<T>& side = sides[tile.side];
-    const T* source = side.data + tile.clip * side.batch_stride + tile.start;
-    T* map = map_at(side, tile);
-    side.is_map ? void(std::copy_n(source, tile.length, map))
-                : mvat::map_tile(source, side.channels, side.stride, tile.length, T(p), map);
-    norm_parts[i] = norm_entry(map, tile.length);
+    const T* source = data_at(side, tile);
+    // Maps given as such are read where they lie; the backward pass will want the student's.
+    if (!side.is_map) mvat::map_tile(source, side.channels, side.stride, tile.length, T(p), map_at(side, tile));
+    if (side.is_map && tile.side < pairs) std::copy_n(source, tile.length, map_at(side, tile));
+    norm_parts[i] = norm_entry(side.is_map ? source : map_at(side, tile), tile.length);
   });
   const int64_t clips = scalars_out.size(0);
   std::vector<Norm> norms(2 * clips, Norm{0, 0, std::numeric_limits<int>::min() / 4});
@@ -212,8 +216,9 @@ void forward(const std::vector<Tensor>& student, const std::vector<Tensor>& teac
   for_each(count, maps_out.size(0), [&](int64_t i) {
     const Tile& tile = tiles[i];
     const Side<T>&s = sides[tile.side], &t = sides[tile.side + pairs];
-    distance_parts[i] = distance_entry(map_at(s, tile), map_at(t, tile), tile.length, inverses[s.clip + tile.clip],
-                                       inverses[t.clip + tile.clip]);
+    distance_parts[i] =
+        distance_entry(map_at(s, tile), t.is_map ? data_at(t, tile) : map_at(t, tile), tile.length,
+                       inverses[s.clip + tile.clip], inverses[t.clip + tile.clip], map_at(t, tile));
   });
   std::vector<Distance> distances(clips, Distance{0, 0});
   for (int64_t i = 0; i < count; i++) {

@@ -81,9 +81,9 @@ def _check_pairs(op: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) 
             f"{op}: student and teacher must be equally long, not empty, got {len(student)} and {len(teacher)} tensors"
         )
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        for name, f in ((f"student[{i}]", s), (f"teacher[{i}]", t)):
-            is_map = isinstance(f, Tensor) and f.dim() == 2
-            check_features(op, name, f, ("B", "T") if is_map else ("B", "C", "T"))
+        for name, f in (("student", s), ("teacher", t)):
+            if not (isinstance(f, Tensor) and f.is_floating_point() and f.dim() in (2, 3)):
+                check_features(op, f"{name}[{i}]", f)  # says what is wrong; a name for every tensor would cost time
         if s.shape[0] != t.shape[0] or s.shape[-1] != t.shape[-1]:
             raise ValueError(
                 f"{op}: pair {i} must agree in batch and time, got student {list(s.shape)} and teacher {list(t.shape)}"
