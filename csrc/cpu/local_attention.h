@@ -250,8 +250,8 @@ MVAT_INLINE void pool_rows(const typename Lanes<T, L>::Vector (&u)[I][kBlocks / 
   MVAT_UNROLL for (int i = 0; i < I * N; i += G) {
     V v[G], a[G];
     MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = u[(i + g) / N][(i + g) % N] - norm.mean;
-    MVAT_UNROLL for (int g = 0; g < G; g++) a[g] = v[g] = v[g] * norm.scale + norm.bias;
-    exp_minus<L>(a);
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = v[g] * norm.scale + norm.bias;
+    exp_minus<L>(v, a);
     MVAT_UNROLL for (int g = 0; g < G; g++) a[g] = v[g] / (1 + a[g]);
     MVAT_UNROLL for (int g = 0; g < G; g++) {
       // A NaN goes its way through the mean.

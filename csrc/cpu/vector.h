@@ -65,41 +65,42 @@ MVAT_INLINE double sum_lanes(V v) {
 // value that it does not know, and two of one with a constant.
 inline float exp_limit = 87.f;
 
-// x[g] = e^-x[g] within an ulp and a half, finite for every finite x; a NaN gives any number. Step by step for all of x: one
+// out[g] = e^-x[g] within an ulp and a half, finite for every finite x; a NaN gives any number. Step by step for all of x: one
 // vector's chain of dependent instructions fills the scheduler long before it is through.
 template <int L, int G>
-MVAT_INLINE void exp_minus(typename Lanes<float, L>::Vector (&x)[G]) {
+MVAT_INLINE void exp_minus(const typename Lanes<float, L>::Vector (&x)[G], typename Lanes<float, L>::Vector (&out)[G]) {
   using V = typename Lanes<float, L>::Vector;
   using M = typename Lanes<float, L>::Mask;
   constexpr float kScale = -0x1.715476p+0f;  // -log2(e)
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
   constexpr float kPower[] = {0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e430p-1f, 1.f};
   const V most = exp_limit * (V{} + 1.f), least = -exp_limit * (V{} + 1.f);
-  V shifted[G], p[G];
-  MVAT_UNROLL for (int g = 0; g < G; g++) x[g] = x[g] < most ? x[g] : most;
-  MVAT_UNROLL for (int g = 0; g < G; g++) x[g] = x[g] > least ? x[g] : least;
-  MVAT_UNROLL for (int g = 0; g < G; g++) shifted[g] = x[g] * kScale + kRound;
-  MVAT_UNROLL for (int g = 0; g < G; g++) x[g] = x[g] * kScale - (shifted[g] - kRound);
-  MVAT_UNROLL for (int g = 0; g < G; g++) p[g] = V{} + 0x1.41fbbcp-13f;  // 2^x on [-1/2, 1/2] to 2e-9
+  V f[G], shifted[G];
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = x[g] < most ? x[g] : most;
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = f[g] > least ? f[g] : least;
+  MVAT_UNROLL for (int g = 0; g < G; g++) shifted[g] = f[g] * kScale + kRound;
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = f[g] * kScale - (shifted[g] - kRound);
+  MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = V{} + 0x1.41fbbcp-13f;  // 2^f on [-1/2, 1/2] to 2e-9
   MVAT_UNROLL for (int i = 0; i < 6; i++) {
-    MVAT_UNROLL for (int g = 0; g < G; g++) p[g] = p[g] * x[g] + kPower[i];
+    MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = out[g] * f[g] + kPower[i];
   }
-  MVAT_UNROLL for (int g = 0; g < G; g++) x[g] = V(M(p[g]) + (M(shifted[g]) << 23));
+  MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = V(M(out[g]) + (M(shifted[g]) << 23));
 }
 
 // float64 is for checks, not for speed.
 template <int L, int G>
-MVAT_INLINE void exp_minus(typename Lanes<double, L>::Vector (&x)[G]) {
+MVAT_INLINE void exp_minus(const typename Lanes<double, L>::Vector (&x)[G], typename Lanes<double, L>::Vector (&out)[G]) {
   for (int g = 0; g < G; g++) {
-    for (int l = 0; l < L; l++) x[g][l] = std::exp(-x[g][l]);
+    typename Lanes<double, L>::Vector power{};
+    for (int l = 0; l < L; l++) power[l] = std::exp(-x[g][l]);
+    out[g] = power;
   }
 }
 
 // gate[g] = 1 / (1 + e^-v[g]).
 template <int L, int G, typename V>
 MVAT_INLINE void sigmoid(const V (&v)[G], V (&gate)[G]) {
-  MVAT_UNROLL for (int g = 0; g < G; g++) gate[g] = v[g];
-  exp_minus<L>(gate);
+  exp_minus<L>(v, gate);
   MVAT_UNROLL for (int g = 0; g < G; g++) gate[g] = 1 / (1 + gate[g]);
 }
 
