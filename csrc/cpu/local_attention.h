@@ -83,6 +83,10 @@ template <typename T>
 MVAT_INLINE void stage(const View<T>& view, int64_t channel, int64_t block, T* rows, T* line) {
   const int64_t h = view.half;
   const T* x = samples(view, channel, view.start(block - 1), (kBlocks + 2) * h, line);
+  // The next channel's samples are elsewhere: no hardware guesses them.
+  if (channel + 1 < view.channels && x != line) {
+    for (int64_t i = 0; i < (kBlocks + 2) * h; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(x + view.stride + i);
+  }
   transpose(x + h, h, kBlocks, h, rows, kRow);
   for (int64_t i = 0; i < h; i++) rows[i * kRow - 1] = x[i];
   for (int64_t i = 0; i < h; i++) rows[i * kRow + kBlocks] = x[(kBlocks + 1) * h + i];
@@ -90,9 +94,9 @@ MVAT_INLINE void stage(const View<T>& view, int64_t channel, int64_t block, T* r
 
 // What row k is multiplied by: one weight for all lanes, or a row of lanes itself.
 template <bool Broadcast, int L, typename T>
-MVAT_INLINE typename Lanes<T, L>::Vector factor(const T* weight, int64_t k, int n) {
-  if constexpr (Broadcast) return typename Lanes<T, L>::Vector{} + weight[k];
-  return load<L>(weight + k * kRow + n * L);
+MVAT_INLINE auto factor(const T* weight, int64_t k, int n) {
+  if constexpr (Broadcast) return weight[k];
+  else return load<L>(weight + k * kRow + n * L);
 }
 
 // acc[i] += sum over k < count of weight[k] * rows[first + i + k], over those k that reach a row in [0, half) from one of the
@@ -105,7 +109,7 @@ MVAT_INLINE void correlate(typename Lanes<T, L>::Vector (&acc)[I][kBlocks / L], 
   const int64_t end = std::min(count, half - first);
   const T* in = rows + (first + k) * kRow;
   for (; k + 2 <= end; k += 2, in += 2 * kRow) {
-    typename Lanes<T, L>::Vector w0[N], w1[N];
+    decltype(factor<Broadcast, L>(weight, k, 0)) w0[N], w1[N];
     MVAT_UNROLL for (int n = 0; n < N; n++) {
       w0[n] = factor<Broadcast, L>(weight, k, n);
       w1[n] = factor<Broadcast, L>(weight, k + 1, n);
@@ -229,24 +233,35 @@ MVAT_INLINE void statistics_body(const View<T>& view, int64_t block, Workspace<T
 
 // ---- maximum, its channel, and mean over the channels of silu(norm1(convolution)), of one group of blocks ----
 
+// One channel's factors of norm1: v = (u - mean) * scale + bias.
+template <typename T>
+struct Affine {
+  T mean, scale, bias;
+  Affine(const View<T>& view, int64_t c) : mean(view.mean[c]), scale(view.scale[c]), bias(view.bias[c]) {}
+};
+
 template <int I, int L, typename T>
-MVAT_INLINE void pool_rows(const typename Lanes<T, L>::Vector (&u)[I][kBlocks / L], const View<T>& view, int64_t c, T* maximum,
+MVAT_INLINE void pool_rows(const typename Lanes<T, L>::Vector (&u)[I][kBlocks / L], Affine<T> norm, int64_t c, T* maximum,
                            T* sum, typename Lanes<T, L>::Int* index) {
   using V = typename Lanes<T, L>::Vector;
   using M = typename Lanes<T, L>::Mask;
-  const T mean = view.mean[c], scale = view.scale[c], bias = view.bias[c];
-  MVAT_UNROLL for (int r = 0; r < I; r++) {
-    MVAT_UNROLL for (int n = 0; n < kBlocks / L; n++) {
-      const int64_t at = r * kBlocks + n * L;
-      const V v = (u[r][n] - mean) * scale + bias;
-      const V a = v / (T(1) + exp_minus<L>(v));
+  constexpr int N = kBlocks / L, G = std::min(4, I * N);
+  const M channel = M{} + typename Lanes<T, L>::Int(c);
+  MVAT_UNROLL for (int i = 0; i < I * N; i += G) {
+    V v[G], a[G];
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = u[(i + g) / N][(i + g) % N] - norm.mean;
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = v[g] * norm.scale + norm.bias;
+    exp_minus<L>(v, a);
+    MVAT_UNROLL for (int g = 0; g < G; g++) a[g] = v[g] / (1 + a[g]);
+    MVAT_UNROLL for (int g = 0; g < G; g++) {
       // A NaN goes its way through the mean.
+      const int64_t at = (i + g) * L;
       const V former = load<L>(maximum + at);
-      const M better = a > former;
+      const M better = a[g] > former;
       auto* place = reinterpret_cast<typename Lanes<T, L>::LooseMask*>(index + at);
-      store<L>(maximum + at, better ? a : former);
-      *place = better ? M{} + typename Lanes<T, L>::Int(c) : M(*place);
-      store<L>(sum + at, load<L>(sum + at) + a);
+      store<L>(maximum + at, better ? a[g] : former);
+      *place = better ? channel : M(*place);
+      store<L>(sum + at, load<L>(sum + at) + a[g]);
     }
   }
 }
@@ -255,10 +270,12 @@ template <int I, int L, typename T>
 MVAT_INLINE void pool_tile(const View<T>& view, const T* rows, int64_t c, int64_t i, Workspace<T>& space) {
   typename Lanes<T, L>::Vector f[I][kBlocks / L], s[I][kBlocks / L];
   convolve<I, L>(rows, view.weight + c * view.taps, view.taps, i, view.half, f, s);
+  const Affine<T> norm(view, c);
+  const int64_t size = space.size;
   T* values = space.values.get() + i * kBlocks;
   auto* index = space.index.get() + i * kBlocks;
-  pool_rows<I, L>(f, view, c, values, values + 2 * space.size, index);
-  pool_rows<I, L>(s, view, c, values + space.size, values + 3 * space.size, index + space.size);
+  pool_rows<I, L>(f, norm, c, values, values + 2 * size, index);
+  pool_rows<I, L>(s, norm, c, values + size, values + 3 * size, index + size);
 }
 
 // From a group's rows of lanes to the chunks [P, S] they belong to; the chunk of lane 0 is `chunk`, `at` the position in it.

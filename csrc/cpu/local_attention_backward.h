@@ -36,19 +36,28 @@ MVAT_INLINE void stage_gradients(const View<T>& view, int64_t block, const T* po
   }
 }
 
-// The gradient of v = norm1(u) at one vector of the values, and u - mean.
-template <int L, typename T>
-MVAT_INLINE typename Lanes<T, L>::Vector slope(typename Lanes<T, L>::Vector u, const View<T>& view, int64_t c,
-                                               const T* maximum, const T* mean, const typename Lanes<T, L>::Int* index,
-                                               typename Lanes<T, L>::Vector& centred) {
+// The gradients of v = norm1(u) at I rows from `values` on in place of u - mean, which moves to `centred`.
+template <int I, int L, typename T>
+MVAT_INLINE void slopes(typename Lanes<T, L>::Vector (&u)[I][kBlocks / L], Affine<T> norm, int64_t c, const T* maximum,
+                        const T* mean, const typename Lanes<T, L>::Int* index,
+                        typename Lanes<T, L>::Vector (&centred)[I][kBlocks / L]) {
   using V = typename Lanes<T, L>::Vector;
   using M = typename Lanes<T, L>::Mask;
-  centred = u - view.mean[c];
-  const V v = centred * view.scale[c] + view.bias[c];
-  const V gate = T(1) / (T(1) + exp_minus<L>(v));
-  const M chosen = M(*reinterpret_cast<const typename Lanes<T, L>::LooseMask*>(index)) == typename Lanes<T, L>::Int(c);
-  const V grad = load<L>(mean) + V(M(load<L>(maximum)) & chosen);
-  return grad * (gate * (T(1) + v * (T(1) - gate)));
+  constexpr int N = kBlocks / L, G = std::min(4, I * N);
+  MVAT_UNROLL for (int i = 0; i < I * N; i += G) {
+    V v[G], gate[G];
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = u[(i + g) / N][(i + g) % N] - norm.mean;
+    MVAT_UNROLL for (int g = 0; g < G; g++) centred[(i + g) / N][(i + g) % N] = v[g];
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = v[g] * norm.scale + norm.bias;
+    sigmoid<L>(v, gate);
+    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = gate[g] * (1 + v[g] * (1 - gate[g]));
+    MVAT_UNROLL for (int g = 0; g < G; g++) {
+      const int64_t at = (i + g) * L;
+      const M place = M(*reinterpret_cast<const typename Lanes<T, L>::LooseMask*>(index + at));
+      const M chosen = place == typename Lanes<T, L>::Int(c);
+      u[(i + g) / N][(i + g) % N] = v[g] * (load<L>(mean + at) + V(M(load<L>(maximum + at)) & chosen));
+    }
+  }
 }
 
 // ---- first reading: a channel's sums of dv and of dv (u - mean), of one group ----
@@ -56,16 +65,18 @@ MVAT_INLINE typename Lanes<T, L>::Vector slope(typename Lanes<T, L>::Vector u, c
 template <int I, int L, typename T>
 MVAT_INLINE void sums_tile(const View<T>& view, const T* rows, int64_t c, int64_t i, Workspace<T>& space,
                            typename Lanes<T, L>::Vector (&sums)[2]) {
-  typename Lanes<T, L>::Vector u[2][I][kBlocks / L], centred;
+  typename Lanes<T, L>::Vector u[2][I][kBlocks / L], centred[I][kBlocks / L];
   convolve<I, L>(rows, view.weight + c * view.taps, view.taps, i, view.half, u[0], u[1]);
+  const Affine<T> norm(view, c);
+  const int64_t size = space.size;
+  const T* values = space.values.get() + i * kBlocks;
+  const auto* index = space.index.get() + i * kBlocks;
   MVAT_UNROLL for (int s = 0; s < 2; s++) {
+    slopes<I, L>(u[s], norm, c, values + s * size, values + (2 + s) * size, index + s * size, centred);
     MVAT_UNROLL for (int r = 0; r < I; r++) {
       MVAT_UNROLL for (int n = 0; n < kBlocks / L; n++) {
-        const int64_t at = s * space.size + (i + r) * kBlocks + n * L;
-        const T* values = space.values.get() + at;
-        const auto dv = slope<L>(u[s][r][n], view, c, values, values + 2 * space.size, space.index.get() + at, centred);
-        sums[0] += dv;
-        sums[1] += dv * centred;
+        sums[0] += u[s][r][n];
+        sums[1] += u[s][r][n] * centred[r][n];
       }
     }
   }
@@ -103,17 +114,23 @@ struct Gradients {
 template <int I, int L, typename T>
 MVAT_INLINE void slopes_tile(const View<T>& view, const T* rows, int64_t c, int64_t i, Workspace<T>& space,
                              const T (&constant)[2][kBlocks], const T (&linear)[2][kBlocks]) {
-  typename Lanes<T, L>::Vector u[2][I][kBlocks / L], centred;
+  typename Lanes<T, L>::Vector u[2][I][kBlocks / L], centred[I][kBlocks / L];
   convolve<I, L>(rows, view.weight + c * view.taps, view.taps, i, view.half, u[0], u[1]);
+  const Affine<T> norm(view, c);
+  const int64_t size = space.size;
+  const T* values = space.values.get() + i * kBlocks;
+  const auto* index = space.index.get() + i * kBlocks;
   T *first = first_row(space.first.get()), *second = first_row(space.second.get()), *both = first_row(space.both.get());
+  MVAT_UNROLL for (int s = 0; s < 2; s++) {
+    slopes<I, L>(u[s], norm, c, values + s * size, values + (2 + s) * size, index + s * size, centred);
+    MVAT_UNROLL for (int r = 0; r < I; r++) {
+      MVAT_UNROLL for (int n = 0; n < kBlocks / L; n++) {
+        u[s][r][n] = norm.scale * u[s][r][n] - load<L>(constant[s] + n * L) - centred[r][n] * load<L>(linear[s] + n * L);
+      }
+    }
+  }
   MVAT_UNROLL for (int r = 0; r < I; r++) {
     MVAT_UNROLL for (int n = 0; n < kBlocks / L; n++) {
-      MVAT_UNROLL for (int s = 0; s < 2; s++) {
-        const int64_t at = s * space.size + (i + r) * kBlocks + n * L;
-        const T* values = space.values.get() + at;
-        const auto dv = slope<L>(u[s][r][n], view, c, values, values + 2 * space.size, space.index.get() + at, centred);
-        u[s][r][n] = view.scale[c] * dv - load<L>(constant[s] + n * L) - centred * load<L>(linear[s] + n * L);
-      }
       const int64_t row = (i + r) * kRow + n * L;
       store<L>(first + row, u[0][r][n]);
       store<L>(second + row, u[1][r][n]);

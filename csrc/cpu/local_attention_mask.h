@@ -50,9 +50,10 @@ MVAT_INLINE void sigmoid_body(T* logits, int64_t count, T mean, T scale, T bias)
     T part[L] = {};
     T* place = valid == L ? logits + i : part;
     if (valid < L) std::copy_n(logits + i, valid, part);
-    const V v = (load<L>(place) - mean) * scale + bias;
-    const V gate = T(1) / (T(1) + exp_minus<L>(v));
-    store<L>(place, v == v ? gate : v);
+    const V v[1] = {(load<L>(place) - mean) * scale + bias};
+    V gate[1];
+    sigmoid<L>(v, gate);
+    store<L>(place, v[0] == v[0] ? gate[0] : v[0]);
     if (valid < L) std::copy_n(part, valid, logits + i);
   }
 }

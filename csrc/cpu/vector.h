@@ -61,31 +61,47 @@ MVAT_INLINE double sum_lanes(V v) {
   return total;
 }
 
-// e^-x within an ulp and a half. Finite for every finite x: it stops growing at x = -87, where 1 / (1 + e^-x) is still normal.
-template <int L>
-MVAT_INLINE typename Lanes<float, L>::Vector exp_minus(typename Lanes<float, L>::Vector x) {
+// Where e^-x stops growing: 1 / (1 + e^87) is still normal. A variable, because GCC makes one instruction of a minimum with a
+// value that it does not know, and two of one with a constant.
+inline float exp_limit = 87.f;
+
+// out[g] = e^-x[g] within an ulp and a half, finite for every finite x; a NaN gives any number. Step by step for all of x: one
+// vector's chain of dependent instructions fills the scheduler long before it is through.
+template <int L, int G>
+MVAT_INLINE void exp_minus(const typename Lanes<float, L>::Vector (&x)[G], typename Lanes<float, L>::Vector (&out)[G]) {
   using V = typename Lanes<float, L>::Vector;
   using M = typename Lanes<float, L>::Mask;
   constexpr float kScale = -0x1.715476p+0f;  // -log2(e)
   constexpr float kRound = 0x1.8p23f;        // adding it leaves the nearest integer in the low bits
-  x = x < 87.f ? x : V{} + 87.f;
-  x = x > -87.f ? x : V{} - 87.f;
-  const V shifted = x * kScale + kRound;
-  const V f = x * kScale - (shifted - kRound);
-  V p = f * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;  // 2^f on [-1/2, 1/2] to 2e-9
-  p = p * f + 0x1.3b2d4cp-7f;
-  p = p * f + 0x1.c6aee8p-5f;
-  p = p * f + 0x1.ebfbdcp-3f;
-  p = p * f + 0x1.62e430p-1f;
-  p = p * f + 1.f;
-  return V(M(p) + (M(shifted) << 23));
+  constexpr float kPower[] = {0x1.5f3e54p-10f, 0x1.3b2d4cp-7f, 0x1.c6aee8p-5f, 0x1.ebfbdcp-3f, 0x1.62e430p-1f, 1.f};
+  const V most = exp_limit * (V{} + 1.f), least = -exp_limit * (V{} + 1.f);
+  V f[G], shifted[G];
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = x[g] < most ? x[g] : most;
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = f[g] > least ? f[g] : least;
+  MVAT_UNROLL for (int g = 0; g < G; g++) shifted[g] = f[g] * kScale + kRound;
+  MVAT_UNROLL for (int g = 0; g < G; g++) f[g] = f[g] * kScale - (shifted[g] - kRound);
+  MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = V{} + 0x1.41fbbcp-13f;  // 2^f on [-1/2, 1/2] to 2e-9
+  MVAT_UNROLL for (int i = 0; i < 6; i++) {
+    MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = out[g] * f[g] + kPower[i];
+  }
+  MVAT_UNROLL for (int g = 0; g < G; g++) out[g] = V(M(out[g]) + (M(shifted[g]) << 23));
 }
 
 // float64 is for checks, not for speed.
-template <int L>
-MVAT_INLINE typename Lanes<double, L>::Vector exp_minus(typename Lanes<double, L>::Vector x) {
-  for (int l = 0; l < L; l++) x[l] = std::exp(-x[l]);
-  return x;
+template <int L, int G>
+MVAT_INLINE void exp_minus(const typename Lanes<double, L>::Vector (&x)[G], typename Lanes<double, L>::Vector (&out)[G]) {
+  for (int g = 0; g < G; g++) {
+    typename Lanes<double, L>::Vector power{};
+    for (int l = 0; l < L; l++) power[l] = std::exp(-x[g][l]);
+    out[g] = power;
+  }
+}
+
+// gate[g] = 1 / (1 + e^-v[g]).
+template <int L, int G, typename V>
+MVAT_INLINE void sigmoid(const V (&v)[G], V (&gate)[G]) {
+  exp_minus<L>(v, gate);
+  MVAT_UNROLL for (int g = 0; g < G; g++) gate[g] = 1 / (1 + gate[g]);
 }
 
 // Zeroed memory on a cache line's boundary.
