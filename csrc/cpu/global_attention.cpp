@@ -19,6 +19,7 @@ using namespace mvat::global_attention;
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kTasks = 16;  // of the backward pass, at least, where there are as many tiles; at most 4 times as many
 
 // What runs on this processor: the kernels of one level, with the sizes that they were compiled for.
 template <typename T>
@@ -27,6 +28,9 @@ struct Level {
   int64_t forward_queries;
   int64_t (*forward_workspace)(const Shape&);
   void (*forward)(const Forward<T>&, int64_t, int64_t, int64_t, int64_t, T*);
+  int64_t backward_queries;
+  int64_t (*backward_workspace)(const Shape&);
+  void (*backward)(const Backward<T>&, const Gradients<T>&, int64_t, int64_t, int64_t, T*);
 };
 
 // A tile's queries fill up to three vectors; the last tile of a sequence takes no more than it needs.
@@ -37,18 +41,35 @@ MVAT_INLINE void forward_any(const Forward<T>& f, int64_t sequence, int64_t tile
   Tile<T, L, 1, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
 }
 
-#define MVAT_ENTRIES(NAME, TARGET, T, L, MR)                                                                                \
-  TARGET void forward_##NAME(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries, T* workspace) { \
-    forward_any<T, L, MR>(f, sequence, tile, q0, queries, workspace);                                                       \
-  }                                                                                                                         \
-  const Level<T> level_##NAME = {MR, 2 * L, 3 * L, Tile<T, L, 3, MR, 16>::forward_workspace, forward_##NAME};
+template <typename T, int L, int NV, int MR>
+MVAT_INLINE void backward_any(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0, int64_t queries,
+                              T* workspace) {
+  if constexpr (NV > 2)
+    if (queries > 2 * L) return Tile<T, L, 3, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
+  if (queries > L) return Tile<T, L, 2, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
+  Tile<T, L, 1, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
+}
+
+// Lanes, vectors of queries in the backward pass, rows of a register block.
+#define MVAT_ENTRIES(NAME, TARGET, T, L, NV, MR)                                                                         \
+  TARGET void forward_##NAME(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries,           \
+                             T* workspace) {                                                                             \
+    forward_any<T, L, MR>(f, sequence, tile, q0, queries, workspace);                                                    \
+  }                                                                                                                      \
+  TARGET void backward_##NAME(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0,                 \
+                              int64_t queries, T* workspace) {                                                           \
+    backward_any<T, L, NV, MR>(f, d, sequence, q0, queries, workspace);                                                  \
+  }                                                                                                                      \
+  const Level<T> level_##NAME = {                                                                                        \
+      MR,     2 * L,  3 * L,           Tile<T, L, 3, MR, 16>::forward_workspace,                                         \
+      forward_##NAME, NV * L, Tile<T, L, NV, MR, 24>::backward_workspace, backward_##NAME};
 #if MVAT_LEVELS
-MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 8)
-MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 4)
-MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 4)
+MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 2, 8)
+MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)
+MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 3, 4)
 #endif
-MVAT_ENTRIES(float_v1, , float, 4, 4)
-MVAT_ENTRIES(double_v1, , double, 2, 4)
+MVAT_ENTRIES(float_v1, , float, 4, 3, 4)
+MVAT_ENTRIES(double_v1, , double, 2, 3, 4)
 #undef MVAT_ENTRIES
 
 template <typename T>
@@ -159,6 +180,93 @@ void run_forward(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segm
   }
 }
 
+// The gradient of a sequence from the sums of its parts, which lie `stride` apart: triples go back to blocks, blocks to samples.
+template <typename T>
+void gather(const Shape& shape, const T* keys, const T* blocks, int64_t parts, int64_t stride, T* dx) {
+  const int64_t half = shape.half, padded = shape.padded;
+  for (int64_t k = 2; (k - 2) * half < shape.length; k++) {
+    T* out = dx + (k - 2) * half;
+    const int64_t size = std::min(half, shape.length - (k - 2) * half);
+    std::fill_n(out, size, T(0));
+    for (int64_t part = 0; part < parts; part++) {
+      const T *t0 = keys + part * stride + k / 3 * 4 * padded, *t1 = t0 + padded, *t2 = t1 + padded, *t3 = t0 - padded;
+      const T* block = blocks + part * stride + k * padded;
+      if (k % 3 == 0) {  // t3 is the triple's before
+        for (int64_t c = 0; c < size; c++) out[c] += block[c] + (t0[c] + t3[c]);
+      } else if (k % 3 == 1) {
+        for (int64_t c = 0; c < size; c++) out[c] += block[c] + (t1[c] - t2[c] - t2[padded + c]);
+      } else {
+        for (int64_t c = 0; c < size; c++) out[c] += block[c] + (t1[c] + t2[c] - t0[c]);
+      }
+    }
+  }
+}
+
+// The sum over tasks of padded weight gradients [heads, width, width], times a scale, to [heads, C, C].
+template <typename T>
+void unpad_weights(const Shape& shape, const T* sums, int64_t tasks, int64_t stride, T scale, Tensor& out) {
+  T* to = out.mutable_data_ptr<T>();
+  const auto place = [&](int64_t i) { return i < shape.half ? i : shape.padded + i - shape.half; };
+  for (int64_t head = 0; head < shape.heads; head++)
+    for (int64_t i = 0; i < 2 * shape.half; i++)
+      for (int64_t j = 0; j < 2 * shape.half; j++) {
+        double sum = 0;
+        for (int64_t task = 0; task < tasks; task++)
+          sum += sums[task * stride + (head * shape.width() + place(i)) * shape.width() + place(j)];
+        *to++ = T(scale * sum);
+      }
+}
+
+template <typename T>
+void run_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& m, const Tensor& lse, const Tensor& mixed,
+                  int64_t segment_len, Tensor& dx, Tensor& da, Tensor& dm) {
+  const Level<T>& kernels = level<T>();
+  const Shape shape = shape_of(x, a, segment_len, kernels.rows, kernels.lanes);
+  const int64_t tiles = (shape.chunks + kernels.backward_queries - 1) / kernels.backward_queries;
+  const int64_t square = shape.heads * shape.width() * shape.width();
+  const Aligned<T> keys(shape.sequences * shape.key_size()), weights(2 * square);
+  pad_weights<T>(shape, a, T(kLog2E), weights.data);
+  pad_weights<T>(shape, m, T(1), weights.data + square);
+  const Backward<T> f = {shape,        signal<T>(x), signal<T>(grad), keys.data, weights.data, weights.data + square,
+                         lse.const_data_ptr<T>(), mixed.const_data_ptr<T>()};
+  lay_out_keys(shape, f.x, keys.data);
+  // A task is several sequences, or with few sequences a part of one's queries. It has sums of its own, and the sums are added
+  // in the tasks' order; which they are depends on the shape alone.
+  const int64_t parts = std::min(tiles, (kTasks + shape.sequences - 1) / std::max<int64_t>(1, shape.sequences));
+  const int64_t group = parts > 1 ? 1 : (shape.sequences + 4 * kTasks - 1) / (4 * kTasks);
+  const int64_t tasks = group ? (shape.sequences + group - 1) / group * parts : 0;
+  const int64_t sums = shape.key_size() + (shape.chunks + 1) * shape.padded;
+  const Aligned<T> weight_sums(tasks * 2 * square), part_sums(parts > 1 ? tasks * sums : 0);
+  T* target = dx.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const Aligned<T> workspace(kernels.backward_workspace(shape)), own(parts > 1 ? 0 : sums);
+    for (int64_t task = begin; task < end; task++) {
+      T* d_weights = weight_sums.data + task * 2 * square;
+      std::fill_n(d_weights, 2 * square, T(0));
+      const int64_t first = task / parts * group, part = task % parts;
+      for (int64_t sequence = first; sequence < std::min(first + group, shape.sequences); sequence++) {
+        T* d_keys = parts > 1 ? part_sums.data + task * sums : own.data;
+        std::fill_n(d_keys, sums, T(0));
+        const Gradients<T> d = {d_keys, d_keys + shape.key_size(), d_weights, d_weights + square};
+        for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; tile++) {
+          const int64_t q0 = tile * kernels.backward_queries;
+          kernels.backward(f, d, sequence, q0, std::min(kernels.backward_queries, shape.chunks - q0), workspace.data);
+        }
+        if (parts == 1) gather(shape, d.keys, d.blocks, 1, 0, target + sequence * shape.length);
+      }
+    }
+  });
+  if (parts > 1)
+    torch::stable::parallel_for(0, shape.sequences, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t sequence = begin; sequence < end; sequence++) {
+        const T* d_keys = part_sums.data + sequence * parts * sums;
+        gather(shape, d_keys, d_keys + shape.key_size(), parts, sums, target + sequence * shape.length);
+      }
+    });
+  unpad_weights(shape, weight_sums.data, tasks, 2 * square, T(kLog2E), da);
+  unpad_weights(shape, weight_sums.data + square, tasks, 2 * square, T(1), dm);
+}
+
 void check(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len) {
   STD_TORCH_CHECK(x.dim() == 3, "global_attention: expected x [B, n, T], got ", x.dim(), " dimensions");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
@@ -187,6 +295,33 @@ std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, const Tenso
   return {y, lse, mixed};
 }
 
+std::tuple<Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& m,
+                                                             const Tensor& lse_any, const Tensor& mixed_any,
+                                                             int64_t segment_len) {
+  check(x, a, m, segment_len);
+  const int64_t chunks = (x.size(2) + segment_len) / (segment_len / 2) + 1;
+  STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) && grad.size(2) == x.size(2) &&
+                      grad.scalar_type() == x.scalar_type(),
+                  "global_attention_backward: expected grad in the shape and dtype of x");
+  STD_TORCH_CHECK(lse_any.numel() == x.size(0) * x.size(1) * a.size(0) * chunks &&
+                      mixed_any.numel() == lse_any.numel() * segment_len && lse_any.scalar_type() == x.scalar_type() &&
+                      mixed_any.scalar_type() == x.scalar_type(),
+                  "global_attention_backward: expected lse and mixed as global_attention gives them with keep=True");
+  const Tensor lse = torch::stable::contiguous(lse_any), mixed = torch::stable::contiguous(mixed_any);
+  Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  Tensor da = torch::stable::new_empty(x, {a.size(0), segment_len, segment_len});
+  Tensor dm = torch::stable::new_empty(x, {a.size(0), segment_len, segment_len});
+  if (x.scalar_type() == ScalarType::Float) {
+    run_backward<float>(grad, x, a, m, lse, mixed, segment_len, dx, da, dm);
+  } else {
+    run_backward<double>(grad, x, a, m, lse, mixed, segment_len, dx, da, dm);
+  }
+  return {dx, da, dm};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) { m.impl("global_attention", TORCH_BOX(&global_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) {
+  m.impl("global_attention", TORCH_BOX(&global_attention));
+  m.impl("global_attention_backward", TORCH_BOX(&global_attention_backward));
+}

@@ -22,6 +22,8 @@
 
 namespace mvat::global_attention {
 
+constexpr double kLn2 = 0.6931471805599453;
+
 // x [B, n, T] in place, whatever its strides.
 template <typename T>
 struct Signal {
@@ -96,6 +98,7 @@ struct Tile {
 
   // Blocks q0 .. q0 + kQueries, transposed: out[c][block].
   MVAT_INLINE void read_blocks(const Shape& shape, const Signal<T>& x, int64_t sequence, int64_t q0, T scale, T* out) {
+    std::fill_n(out, shape.padded * kBlocks, T(0));
     for (int64_t q = 0; q <= kQueries; q++) read_block(shape, x, sequence, q0 + q, scale, out + q, kBlocks);
   }
 
@@ -305,6 +308,136 @@ struct Tile {
     }
     MVAT_UNROLL for (int v = 0; v < NV; v++) total[v] += sum[v];
     mix(shape, scores, keys, triples, mixed);
+  }
+
+  // out [queries, rows] from in [rows, queries].
+  MVAT_INLINE void transpose(const T* in, int64_t rows, T* out) {
+    for (int64_t q = 0; q < kQueries; q++, out += rows)
+      for (int64_t r = 0; r < rows; r++) out[r] = in[r * kQueries + q];
+  }
+
+  // out [width, width] += the sum over queries of chunk' row.
+  MVAT_INLINE void outer(const Shape& shape, const T* blocks, const T* rows, T* out) {
+    const int64_t padded = shape.padded, width = shape.width();
+    for (int64_t tap = 0; tap < 2; tap++)
+      for (int64_t i = 0; i < padded; i += MR)
+        for (int64_t c = 0; c < width; c += 2 * L) {
+          Vector acc[MR][2] = {};
+          multiply_add<T, L, 2, MR>(acc, rows + c, width, blocks + i * kBlocks + tap, kBlocks, 1, kQueries);
+          add_columns<MR>(acc, out + (tap * padded + i) * width + c, width);
+        }
+  }
+  template <int R>
+  MVAT_INLINE void add_columns(const Vector (&acc)[R][2], T* to, int64_t row) {
+    MVAT_UNROLL for (int r = 0; r < R; r++)
+      MVAT_UNROLL for (int v = 0; v < 2; v++) *(Memory*)(to + r * row + v * L) += acc[r][v];
+  }
+
+  // keys [triples, 4, padded] += slopes z + weights dO, both filters a query a row.
+  template <int R>
+  MVAT_INLINE void key_rows(const Shape& shape, const T* slopes, const T* z, const T* weights, const T* out, T* keys) {
+    const int64_t padded = shape.padded;
+    for (int64_t r = 0; r < 4; r++)
+      for (int64_t c = r * padded; c < (r + 1) * padded; c += 2 * L) {
+        Vector acc[R][2] = {};
+        multiply_add<T, L, 2, R>(acc, z + c, 4 * padded, slopes + r * kQueries, 4 * kQueries, 1, kQueries);
+        multiply_add<T, L, 2, R>(acc, out + c, 4 * padded, weights + r * kQueries, 4 * kQueries, 1, kQueries);
+        add_columns<R>(acc, keys + c, 4 * padded);
+      }
+  }
+  MVAT_INLINE void key_gradient(const Shape& shape, const T* slopes, const T* z, const T* weights, const T* out, int64_t triples,
+                                T* keys) {
+    constexpr int64_t kRows = MR == 4 ? 6 : MR, row = 4 * kQueries;
+    int64_t j = 0;
+    for (; j + kRows <= triples; j += kRows)
+      key_rows<kRows>(shape, slopes + j * row, z, weights + j * row, out, keys + j * 4 * shape.padded);
+    for (; j < triples; j += 2)
+      key_rows<2>(shape, slopes + j * row, z, weights + j * row, out, keys + j * 4 * shape.padded);
+  }
+
+  // Scores, log-sum-exp taken off, become softmax's weights P, and slopes dP - D become ln 2 P (dP - D), both spread.
+  MVAT_INLINE void soften(int64_t triples, T* scores, T* slopes) {
+    for (int64_t j = 0; j < triples; j++) {
+      MVAT_UNROLL for (int v = 0; v < NV; v++) {
+        T *score = scores + j * 4 * kQueries + v * L, *slope = slopes + j * 4 * kQueries + v * L;
+        Vector p[3];
+        MVAT_UNROLL for (int k = 0; k < 3; k++) {
+          const Vector s = *(const Memory*)(score + (k == 2 ? 3 : k) * kQueries);
+          p[k] = s < T(0) ? s : Vector{};  // above it by rounding alone
+          exp2_lanes<L>(p[k]);
+        }
+        spread(p[0], p[1], p[2], score);
+        MVAT_UNROLL for (int k = 0; k < 3; k++) p[k] *= T(kLn2) * *(const Memory*)(slope + (k == 2 ? 3 : k) * kQueries);
+        spread(p[0], p[1], p[2], slope);
+      }
+    }
+  }
+
+  static int64_t backward_workspace(const Shape& shape) {
+    return 2 * shape.padded * kBlocks + (16 * shape.padded + 4 * shape.width() + 8 * TJ + 2) * kQueries;
+  }
+
+  // The gradients that come from one tile of queries. With dO = dY M, z = X A, D the sum over channels of dO O, and the scores'
+  // gradient dS = ln 2 P (dP - D) where dP = dO X': the keys get dS' z + P' dO, the queries dz A' where dz = dS X.
+  MVAT_INLINE void backward(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0, int64_t queries,
+                            T* workspace) {
+    const Shape& shape = f.shape;
+    const int64_t padded = shape.padded, width = shape.width(), half = shape.half;
+    T *blocks = workspace, *upper = blocks + padded * kBlocks;         // of the signal and of the output's gradient
+    T *z = upper + padded * kBlocks, *z_rows = z + 4 * padded * kQueries;
+    T *out = z_rows + 4 * padded * kQueries, *out_rows = out + 4 * padded * kQueries;  // dO
+    T *dz = out_rows + 4 * padded * kQueries, *dx = dz + width * kQueries;
+    T *dz_rows = dx + width * kQueries, *mixed_rows = dz_rows + width * kQueries;
+    T *scores = mixed_rows + width * kQueries, *slopes = scores + 4 * TJ * kQueries;
+    T *lse = slopes + 4 * TJ * kQueries, *centre = lse + kQueries;
+    const T* keys = f.keys + sequence * shape.key_size();
+    read_blocks(shape, f.x, sequence, q0, T(1), blocks);
+    read_blocks(shape, f.grad, sequence, q0, T(0.5), upper);
+    std::fill_n(dx, width * kQueries, T(0));
+    for (int64_t head = 0; head < shape.heads; head++) {
+      const int64_t weight = head * width * width;
+      filter(shape, f.a + weight, blocks, z);
+      filter(shape, f.m + weight, upper, out);
+      transpose(z, 4 * padded, z_rows);
+      transpose(out, 4 * padded, out_rows);
+      // Lanes beyond the last query meet no output gradient; their softmax may be anything finite.
+      std::fill_n(mixed_rows, width * kQueries, T(0));
+      std::fill_n(lse, 2 * kQueries, T(0));
+      const int64_t at = (sequence * shape.heads + head) * shape.chunks + q0;
+      for (int64_t q = 0; q < queries; q++) {
+        const T *mixed = f.mixed + (at + q) * 2 * half, *first = out_rows + q * 4 * padded, *second = first + 3 * padded;
+        std::copy_n(mixed, half, mixed_rows + q * width);
+        std::copy_n(mixed + half, half, mixed_rows + q * width + padded);
+        lse[q] = f.lse[at + q];
+        for (int64_t c = 0; c < half; c++) centre[q] += first[c] * mixed[c] + second[c] * mixed[half + c];
+      }
+      Vector minus_lse[NV], minus_centre[NV], one[NV];
+      MVAT_UNROLL for (int v = 0; v < NV; v++) {
+        minus_lse[v] = -*(const Memory*)(lse + v * L);
+        minus_centre[v] = -*(const Memory*)(centre + v * L);
+        one[v] = Vector{} + T(1);
+      }
+      std::fill_n(dz, width * kQueries, T(0));
+      for (int64_t j = 0; j < shape.triples; j += TJ) {
+        const int64_t triples = std::min<int64_t>(TJ, shape.triples - j);
+        const T* tile = keys + j * 4 * padded;
+        score(shape, z, tile, triples, minus_lse, scores);
+        score(shape, out, tile, triples, minus_centre, slopes);
+        mask(scores, shape.chunks - 3 * j, triples);
+        soften(triples, scores, slopes);
+        mix(shape, slopes, tile, triples, dz);
+        key_gradient(shape, slopes, z_rows, scores, out_rows, triples, d.keys + j * 4 * padded);
+      }
+      transpose(dz, width, dz_rows);
+      outer(shape, blocks, dz_rows, d.a + weight);
+      outer(shape, upper, mixed_rows, d.m + weight);
+      project(shape, f.a + weight, dz, one, dx);
+    }
+    for (int64_t q = 0; q < queries; q++) {
+      T* block = d.blocks + (q0 + q) * padded;
+      for (int64_t c = 0; c < half; c++) block[c] += dx[c * kQueries + q];
+      for (int64_t c = 0; c < half; c++) block[padded + c] += dx[(padded + c) * kQueries + q];
+    }
   }
 };
 

@@ -41,18 +41,25 @@ struct Simd {
   typedef T Memory __attribute__((vector_size(sizeof(T) * L), aligned(sizeof(T)), may_alias));  // at any address
 };
 
+template <typename T, int L, int NV, int MR>
+MVAT_INLINE void multiply_add_step(typename Simd<T, L>::Vector (&acc)[MR][NV], const T* __restrict b, const T* __restrict a,
+                                   int64_t row) {
+  typename Simd<T, L>::Vector lanes[NV];
+  MVAT_UNROLL for (int v = 0; v < NV; v++) lanes[v] = *(const typename Simd<T, L>::Memory*)(b + v * L);
+  MVAT_UNROLL for (int r = 0; r < MR; r++) {
+    const T w = a[r * row];
+    MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] += lanes[v] * w;
+  }
+}
+
 // acc[r][v] += sum over i < n of a[r * row + i * step] * b[i * ld + v * L ...]: a is broadcast, b fills the lanes.
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void multiply_add(typename Simd<T, L>::Vector (&acc)[MR][NV], const T* __restrict b, int64_t ld,
                               const T* __restrict a, int64_t row, int64_t step, int64_t n) {
-  for (int64_t i = 0; i < n; i++, b += ld, a += step) {
-    typename Simd<T, L>::Vector lanes[NV];
-    MVAT_UNROLL for (int v = 0; v < NV; v++) lanes[v] = *(const typename Simd<T, L>::Memory*)(b + v * L);
-    MVAT_UNROLL for (int r = 0; r < MR; r++) {
-      const T w = a[r * row];
-      MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] += lanes[v] * w;
-    }
-  }
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    MVAT_UNROLL for (int j = 0; j < 4; j++, b += ld, a += step) multiply_add_step<T, L>(acc, b, a, row);
+  for (; i < n; i++, b += ld, a += step) multiply_add_step<T, L>(acc, b, a, row);
 }
 
 // x = 2^x in place for x <= 100. Below 2^-100 (2^-1000 in double) it stays there: nothing beside a softmax's maximum, and no

@@ -66,10 +66,10 @@ def global_attention(
     for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v)):
         check_parameter(op, name, weight, (width, segment_len), x)
     check_parameter(op, "w_o", w_o, (segment_len, width), x)
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_q, w_k, w_v, w_o))
-    if use_fused(op, x) and not wants_gradient:
+    if use_fused(op, x):
         a, m = absorb(w_q, w_k, w_v, w_o, heads)
-        return torch.ops.mvat.global_attention(x, a, m, segment_len, wants_gradient)[0]
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, m))
+        return torch.ops.mvat.global_attention(x, a, m, segment_len, keep)[0]
     return global_attention_reference(x, w_q, w_k, w_v, w_o, heads, segment_len)
 
 
@@ -98,5 +98,31 @@ def _fake(x: Tensor, a: Tensor, m: Tensor, segment_len: int, keep: bool) -> tupl
     return x.new_empty(x.shape), x.new_empty(kept), x.new_empty((*kept, segment_len))
 
 
+def _setup_context(ctx, inputs, output) -> None:
+    x, a, m, ctx.segment_len, keep = inputs
+    _, lse, mixed = output
+    if not keep:
+        raise RuntimeError("mvat::global_attention: a gradient takes keep=True")
+    ctx.mark_non_differentiable(lse, mixed)
+    ctx.save_for_backward(x, a, m, lse, mixed)
+
+
+def _backward(ctx, grad, *_):
+    return *torch.ops.mvat.global_attention_backward(grad, *ctx.saved_tensors, ctx.segment_len), None, None
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError(
+        "global_attention: a second derivative is not supported by the fused kernel; "
+        "use mvat.kernels.use_backend('eager')"
+    )
+
+
 if _missing is None:
     torch.library.register_fake("mvat::global_attention", _fake)
+    torch.library.register_fake(
+        "mvat::global_attention_backward",
+        lambda grad, x, a, m, lse, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
+    )
+    torch.library.register_autograd("mvat::global_attention", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("mvat::global_attention_backward", _second_backward)
