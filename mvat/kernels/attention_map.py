@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mvat.kernels import native
-from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_power
 
 
@@ -59,16 +59,12 @@ def attention_map(x: Tensor, p: float = 2.0) -> Tensor:
     return attention_map_reference(x, p)
 
 
-_missing = native.missing("attention_map")
+register("attention_map", native.supports("attention_map", ("cpu", "cuda")))
 
 
-def _supports(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return NOT_WRITTEN
-    return _missing
-
-
-register("attention_map", _supports)
+def _fake(x, p):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], x.shape[2]), dtype=wide)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -80,14 +76,8 @@ def _backward(ctx, grad):
     return torch.ops.mvat.attention_map_backward(grad, *ctx.saved_tensors, ctx.p), None
 
 
-def _second_backward(ctx, grad):
-    raise RuntimeError(
-        "attention_map: a second derivative is not supported by the fused kernel; use mvat.kernels.use_backend('eager')"
-    )
-
-
-if _missing is None:
-    torch.library.register_fake("mvat::attention_map", lambda x, p: x.new_empty((x.shape[0], x.shape[2])))
+if native.missing("attention_map") is None:
+    torch.library.register_fake("mvat::attention_map", _fake)
     torch.library.register_fake("mvat::attention_map_backward", lambda grad, x, p: x.new_empty(x.shape))
     torch.library.register_autograd("mvat::attention_map", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("mvat::attention_map_backward", _second_backward)
+    native.refuse_second_backward("attention_map")

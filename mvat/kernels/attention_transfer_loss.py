@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mvat.kernels import native
 from mvat.kernels.attention_map import attention_map, attention_map_reference
-from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_power
 
 FORMS = ("paper", "code")
@@ -132,23 +132,15 @@ def attention_transfer_loss(
     return _maps_distance(student_maps, teacher_maps, form, reduction)
 
 
-_missing = native.missing("attention_transfer_loss")
-
-
-def _supports(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return NOT_WRITTEN
-    return _missing
-
-
-register("attention_transfer_loss", _supports)
+register("attention_transfer_loss", native.supports("attention_transfer_loss", ("cpu", "cuda")))
 
 
 def _fake(student, teacher, p, paper):
     x = student[0]
     clips = sum(f.shape[0] for f in student)
     samples = sum(f.shape[0] * f.shape[-1] for f in student)
-    return x.new_empty((len(student),)), x.new_empty((2 * samples,)), x.new_empty((clips, 4))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tuple(x.new_empty(shape, dtype=wide) for shape in ((len(student),), (2 * samples,), (clips, 4)))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -169,21 +161,19 @@ def _backward(ctx, grad, *_):
         x if wanted else (x if x.dim() == 3 else x[:, None])[:, :0] for x, wanted in zip(student, needed, strict=True)
     ]
     gradients = torch.ops.mvat.attention_transfer_loss_backward(grad, student, maps, scalars, ctx.p, ctx.paper)
-    return [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)], [None] * len(student), None, None
-
-
-def _second_backward(ctx, grads):
-    raise RuntimeError(
-        "attention_transfer_loss: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
+    return (
+        [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)],
+        [None] * len(student),
+        None,
+        None,
     )
 
 
-if _missing is None:
+if native.missing("attention_transfer_loss") is None:
     torch.library.register_fake("mvat::attention_transfer_loss", _fake)
     torch.library.register_fake(
         "mvat::attention_transfer_loss_backward",
         lambda grad, student, maps, scalars, p, paper: [x.new_empty(x.shape) for x in student],
     )
     torch.library.register_autograd("mvat::attention_transfer_loss", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("mvat::attention_transfer_loss_backward", _second_backward)
+    native.refuse_second_backward("attention_transfer_loss")

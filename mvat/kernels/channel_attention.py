@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels import native
-from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter
 
 
@@ -62,16 +62,7 @@ def channel_attention(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weigh
     return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
-_missing = native.missing("channel_attention")
-
-
-def _supports(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return NOT_WRITTEN
-    return _missing
-
-
-register("channel_attention", _supports)
+register("channel_attention", native.supports("channel_attention", ("cpu", "cuda")))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -86,13 +77,6 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
     return torch.ops.mvat.channel_attention_backward(grad, *ctx.saved_tensors)
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(
-        "channel_attention: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
-    )
 
 
 def _fake(x, weight1, bias1, weight2, bias2):
@@ -110,8 +94,8 @@ def _fake_backward(grad, x, gate, pooled, index, weight1, bias1, weight2):
     return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
 
 
-if _missing is None:
+if native.missing("channel_attention") is None:
     torch.library.register_fake("mvat::channel_attention", _fake)
     torch.library.register_fake("mvat::channel_attention_backward", _fake_backward)
     torch.library.register_autograd("mvat::channel_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("mvat::channel_attention_backward", _second_backward)
+    native.refuse_second_backward("channel_attention")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels import native
-from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_integer, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
 
@@ -80,16 +80,7 @@ def absorb(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int) -> tu
     return a, w_o.unflatten(1, (heads, -1)).transpose(0, 1) @ v
 
 
-_missing = native.missing("global_attention")
-
-
-def _supports(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return NOT_WRITTEN
-    return _missing
-
-
-register("global_attention", _supports)
+register("global_attention", native.supports("global_attention", ("cpu",)))
 
 
 def _fake(x: Tensor, a: Tensor, m: Tensor, segment_len: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,18 +102,11 @@ def _backward(ctx, grad, *_):
     return *torch.ops.mvat.global_attention_backward(grad, *ctx.saved_tensors, ctx.segment_len), None, None
 
 
-def _second_backward(ctx, *grads):
-    raise RuntimeError(
-        "global_attention: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
-    )
-
-
-if _missing is None:
+if native.missing("global_attention") is None:
     torch.library.register_fake("mvat::global_attention", _fake)
     torch.library.register_fake(
         "mvat::global_attention_backward",
         lambda grad, x, a, m, lse, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
     )
     torch.library.register_autograd("mvat::global_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("mvat::global_attention_backward", _second_backward)
+    native.refuse_second_backward("global_attention")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels import native
-from mvat.kernels.backend import NOT_WRITTEN, register, use_fused
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
 from mvat.kernels.depthwise import depthwise_reference
@@ -116,16 +116,7 @@ def _fused(
     return y
 
 
-_missing = native.missing("local_attention")
-
-
-def _supports(device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cpu" or dtype not in (torch.float32, torch.float64):
-        return NOT_WRITTEN
-    return _missing
-
-
-register("local_attention", _supports)
+register("local_attention", native.supports("local_attention", ("cpu", "cuda")))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -142,13 +133,6 @@ def _backward(ctx, grad, *_):
     gradients = torch.ops.mvat.local_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
     dx, depthwise, weight1, bias1, conv, weight2, bias2 = gradients
     return dx, depthwise, weight1, bias1, None, None, conv, weight2, bias2, None, None, None, None, None, None
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(
-        "local_attention: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
-    )
 
 
 def _fake(x, depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2, segment_len, *_):
@@ -169,8 +153,8 @@ def _fake_backward(grad, x, depthwise, weight1, bias1, conv, weight2, *_):
     return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
 
 
-if _missing is None:
+if native.missing("local_attention") is None:
     torch.library.register_fake("mvat::local_attention", _fake)
     torch.library.register_fake("mvat::local_attention_backward", _fake_backward)
     torch.library.register_autograd("mvat::local_attention", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("mvat::local_attention_backward", _second_backward)
+    native.refuse_second_backward("local_attention")

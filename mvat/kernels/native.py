@@ -2,8 +2,17 @@
 
 import importlib
 import shutil
+from collections.abc import Callable
 
 import torch
+
+from mvat.kernels.backend import NOT_WRITTEN
+
+#: The features' dtypes that the operators take.
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 _REBUILD = "run `pip install --no-build-isolation --force-reinstall --no-deps .` in mvat's source folder"
 
@@ -41,3 +50,27 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
     if device_type == "cuda":
         return f"the C++ extension is built without CUDA (it takes nvcc and a PyTorch with CUDA); {_REBUILD}"
     return f"the C++ extension is older than this source and has no {operator}; {_REBUILD}"
+
+
+def supports(operator: str, devices: tuple[str, ...]) -> Callable[[str, torch.dtype], str | None]:
+    """The answer that `backend.register` asks of an op whose kernels are this operator's, written for these devices."""
+    reasons = {device: missing(operator, device) for device in devices}
+
+    def answer(device_type: str, dtype: torch.dtype) -> str | None:
+        if device_type not in reasons or dtype not in _DTYPES[device_type]:
+            return NOT_WRITTEN
+        return reasons[device_type]
+
+    return answer
+
+
+def refuse_second_backward(operator: str) -> None:
+    """Make a second derivative an error: without a formula autograd only warns that it may be wrong."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{operator}: a second derivative is not supported by the fused kernel; "
+            "use mvat.kernels.use_backend('eager')"
+        )
+
+    torch.library.register_autograd(f"mvat::{operator}_backward", backward)

@@ -8,7 +8,10 @@ import torch
 
 from mvat import kernels
 from mvat.kernels import attention_map, backend, current_backend, native, use_backend
+from mvat.losses import weighted_mrstft_loss
 from mvat.models import Manner
+from train.config import TransferConfig
+from train.transfer import Transfer
 
 needs_kernel = pytest.mark.skipif(
     native.missing("attention_map") is not None, reason=f"no kernel: {native.missing('attention_map')}"
@@ -134,9 +137,30 @@ def test_eager_calls_no_kernel() -> None:
 
 
 @needs_kernel
-def test_auto_calls_the_kernel() -> None:
+def test_auto_calls_the_kernels() -> None:
     with use_backend("auto"):
-        assert {"mvat::attention_map", "mvat::attention_map_backward"} <= fused_calls(everything)
+        called = fused_calls(everything)
+    ops = {"attention_transfer_loss", "channel_attention", "local_attention"}
+    assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
+
+
+@needs_kernel
+def test_a_training_step_of_a_preset_runs_the_kernels() -> None:
+    """One step of s-4.1gf distilled from itself: forward, loss, backward, Adam."""
+    student, teacher = (Manner.from_preset("s-4.1gf") for _ in range(2))
+    transfer = Transfer(TransferConfig(), student, teacher)
+    optimizer = torch.optim.Adam(student.parameters())
+    noisy = torch.randn(1, 1, 1600)
+
+    def step() -> None:
+        estimate, distance = transfer.student_and_loss(student.train(), noisy)
+        (weighted_mrstft_loss(estimate, noisy, 1.1 * noisy) + distance).backward()
+        optimizer.step()
+
+    with use_backend("auto"):
+        called = fused_calls(step)
+    ops = {"attention_transfer_loss", "channel_attention", "global_attention", "local_attention"}
+    assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
 
 
 @needs_kernel
