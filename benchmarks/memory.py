@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from mvat.kernels import native
+
 
 class Need(NamedTuple):
     """FLOPs of the products (2 a multiply-add) and bytes of the tensors alive at the worst moment."""
@@ -76,19 +78,53 @@ def _convolution_backward_flops(
     return (output_mask[0] + output_mask[1]) * 2 * math.prod(x if transposed else grad) * math.prod(weight[1:])
 
 
-#: What PyTorch's counter does not know, the attention kernels of the CPU, or gets wrong.
-_FORMULAS = {
+# The fused operators: products of the algorithm that they run (csrc/cpu), at least.
+
+
+def _local_attention_flops(x: Sequence[int], depthwise: Sequence[int], *rest: Any, **_: Any) -> int:
+    training = rest[-1]  # the batch's statistics take a pass of their own
+    return (2 if training else 1) * 2 * math.prod(x) * depthwise[-1]  # both chunks of a sample share its taps
+
+
+def _local_attention_backward_flops(grad: Any, x: Sequence[int], depthwise: Sequence[int], *rest: Any, **_: Any) -> int:
+    return 2 * 2 * math.prod(x) * depthwise[-1]  # gradients of x and of the weight
+
+
+def _global_attention_flops(x: Sequence[int], a: Sequence[int], *rest: Any, **_: Any) -> int:
+    return 2 * _overlapped_product(x, a)
+
+
+def _global_attention_backward_flops(grad: Any, x: Sequence[int], a: Sequence[int], *rest: Any, **_: Any) -> int:
+    return 5 * _overlapped_product(x, a)
+
+
+def _overlapped_product(x: Sequence[int], a: Sequence[int]) -> int:
+    """Of all chunks with all others: overlapped ones take two thirds of the multiply-adds of others."""
+    batch, n, length = x
+    heads, width, _ = a
+    chunks = (length + width) // (width // 2) + 1
+    return batch * n * heads * 2 * chunks**2 * width * 2 // 3
+
+
+#: What PyTorch's counter does not know, the attention kernels of the CPU and our operators, or gets wrong.
+_FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+if native.missing("global_attention") is None:
+    _FORMULAS |= {
+        torch.ops.mvat.local_attention: _local_attention_flops,
+        torch.ops.mvat.local_attention_backward: _local_attention_backward_flops,
+        torch.ops.mvat.global_attention: _global_attention_flops,
+        torch.ops.mvat.global_attention_backward: _global_attention_backward_flops,
+    }
 
 
 def foresee(body: Callable[[], object]) -> Need:
     """Run `body`, which makes its own inputs, on fake tensors: nothing is computed or allocated.
 
-    Products inside a fused op count once it has a formula (torch.utils.flop_counter.register_flop_formula). Kernels'
-    own scratch is not seen.
+    Products inside a fused op count by its formula above. Kernels' own scratch is not seen.
     """
     with FakeTensorMode(), _LiveBytes() as live, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         result = body()

@@ -6,6 +6,8 @@ from benchmarks import memory
 from benchmarks.floors import Rates
 from benchmarks.harness import Case, Settings, Variant, call, distance, measure, traffic
 from benchmarks.results import Row
+from mvat import kernels
+from mvat.kernels import native
 
 
 class KnownRates(Rates):
@@ -175,6 +177,27 @@ def test_a_grouped_convolution_counts_its_groups_backward_too(transposed: bool) 
 
     positions = 50 if transposed else 46
     assert memory.foresee(body).flops == 3 * 2 * 2 * 6 * 5 * positions
+
+
+@pytest.mark.skipif(native.missing("global_attention") is not None, reason="no kernel")
+def test_products_of_fused_operators_count() -> None:
+    def attend() -> Tensor:
+        x = torch.zeros(2, 3, 640, requires_grad=True)
+        kernels.global_attention(x, *(torch.zeros(64, 64) for _ in range(4))).sum().backward()
+        return x.grad
+
+    absorbed = 2 * 2 * 64**3  # A and M, outside the operator
+    assert memory.foresee(attend).flops == absorbed + 7 * (2 * 3 * 2 * 23**2 * 64 * 2 // 3)
+
+    def mask(training: bool) -> Tensor:
+        x = torch.zeros(2, 3, 640, requires_grad=True)
+        norms = [kernels.Norm(*(torch.zeros(channels) for _ in range(4))) for channels in (3, 1)]
+        y = kernels.local_attention(x, torch.zeros(3, 1, 31), norms[0], torch.zeros(1, 2, 7), norms[1], 64, training)
+        y.sum().backward()
+        return x.grad
+
+    assert memory.foresee(lambda: mask(False)).flops == (1 + 2) * 2 * 2 * 3 * 640 * 31
+    assert memory.foresee(lambda: mask(True)).flops == (2 + 2) * 2 * 2 * 3 * 640 * 31
 
 
 def test_peak_memory_sees_what_a_call_held_and_gave_back() -> None:

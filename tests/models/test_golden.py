@@ -99,7 +99,8 @@ def test_float64(golden: dict[str, np.ndarray], mode: str) -> None:
 
 
 def test_float32(golden: dict[str, np.ndarray]) -> None:
-    check(golden, torch.float32, output=1e-5, views=1e-5, gradients=(5e-2, 1e-2))
+    # How far a deep view is off depends on the machine's order of summation: 4e-6 on one CPU, 1.5e-5 on another.
+    check(golden, torch.float32, output=1e-5, views=5e-5, gradients=(5e-2, 1e-2))
 
 
 def test_the_second_specification(golden: dict[str, np.ndarray]) -> None:
