@@ -136,7 +136,8 @@ def test_eager_calls_no_kernel() -> None:
 @needs_kernel
 def test_auto_calls_the_kernel() -> None:
     with use_backend("auto"):
-        assert {"mvat::attention_map", "mvat::attention_map_backward"} <= fused_calls(everything)
+        loss = "mvat::attention_transfer_loss"
+        assert {"mvat::attention_map", loss, f"{loss}_backward"} <= fused_calls(everything)
 
 
 @needs_kernel
