@@ -11,12 +11,13 @@ namespace {
 
 constexpr int64_t kGroup = 8;
 
-enum class Power { kOne, kTwo, kAny };
+enum class Power { kOne, kTwo, kThree, kAny };
 
 template <Power P, typename T>
 MVAT_INLINE T power(T x, T p) {
   if constexpr (P == Power::kTwo) return x * x;
   if constexpr (P == Power::kOne) return std::fabs(x);
+  if constexpr (P == Power::kThree) return x * x * std::fabs(x);
   return positive_power(x, p);
 }
 
@@ -24,6 +25,7 @@ MVAT_INLINE T power(T x, T p) {
 template <Power P, typename T>
 MVAT_INLINE T slope(T x, T grad, T p) {
   if constexpr (P == Power::kTwo) return (grad + grad) * x;
+  if constexpr (P == Power::kThree) return grad * (3 * x * std::fabs(x));
   const T sign = T(x > 0) - T(x < 0);
   if constexpr (P == Power::kOne) return grad * sign;
   return grad * (p * positive_power(x, p - 1)) * sign;
@@ -71,12 +73,14 @@ MVAT_INLINE void grad_map(const T* grad, const T* x, int64_t channels, int64_t s
   MVAT_CLONES void map_tile(const T* x, int64_t channels, int64_t stride, int64_t length, T p, T* out) {           \
     if (p == 2) return map<Power::kTwo>(x, channels, stride, length, p, out);                                      \
     if (p == 1) return map<Power::kOne>(x, channels, stride, length, p, out);                                      \
+    if (p == 3) return map<Power::kThree>(x, channels, stride, length, p, out);                                    \
     map<Power::kAny>(x, channels, stride, length, p, out);                                                         \
   }                                                                                                                \
   MVAT_CLONES void grad_tile(const T* grad, const T* x, int64_t channels, int64_t stride, int64_t length, T p,     \
                              T* dx, int64_t dx_stride) {                                                           \
     if (p == 2) return grad_map<Power::kTwo>(grad, x, channels, stride, length, p, dx, dx_stride);                 \
     if (p == 1) return grad_map<Power::kOne>(grad, x, channels, stride, length, p, dx, dx_stride);                 \
+    if (p == 3) return grad_map<Power::kThree>(grad, x, channels, stride, length, p, dx, dx_stride);               \
     grad_map<Power::kAny>(grad, x, channels, stride, length, p, dx, dx_stride);                                    \
   }
 MVAT_ENTRIES(float)

@@ -5,11 +5,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvat.kernels import attention_map, attention_transfer_loss
+from mvat.kernels import attention_map, attention_transfer_loss, backend
 from mvat.kernels.attention_transfer_loss import attention_transfer_loss_reference
 from mvat.models import Views
 
 FORMS = ("paper", "code")
+each_backend = pytest.mark.usefixtures("each_backend")
+
+
+@pytest.fixture(params=["auto", "eager"], name="each_backend")
+def run_each_backend(request: pytest.FixtureRequest):
+    """The test runs with the fused kernel, where there is one, and with the reference."""
+    with backend.use_backend(request.param):
+        yield
 
 
 def formula(student: Tensor, teacher: Tensor, p: float, form: str) -> Tensor:
@@ -30,6 +38,7 @@ def loss_and_gradient(student: Tensor, teacher: Tensor, **options) -> tuple[Tens
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 59), (1, 20, 127), (2, 4, 1023)])
@@ -48,6 +57,7 @@ def test_matches_the_formula(shape: tuple[int, int, int], p: float, form: str) -
     assert (single[1] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 def test_gradcheck(p: float, form: str) -> None:
@@ -62,6 +72,7 @@ def test_gradcheck(p: float, form: str) -> None:
     assert torch.autograd.gradcheck(function, (features, maps))
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -85,6 +96,7 @@ def test_silence_and_equal_maps_give_zero(dtype: torch.dtype, p: float, form: st
     assert torch.isfinite(loss) and gradient[0].any() and not gradient[1].any() and torch.isfinite(gradient).all()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("p", [1.0, 2.0])
 @pytest.mark.parametrize("scale", [1e-15, 1e-8, 1e8, 1e15])
@@ -98,6 +110,7 @@ def test_huge_and_tiny_features(scale: float, p: float, form: str) -> None:
         assert (grad.double() * factor - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", [1e-18, 1e-19, 1e-20, 1e-21, 1e-22, 1e-23, 1e-25])
 def test_at_the_edge_of_underflow_the_gradient_stays_finite(scale: float, form: str) -> None:
@@ -107,6 +120,7 @@ def test_at_the_edge_of_underflow_the_gradient_stays_finite(scale: float, form: 
         assert torch.isfinite(loss) and torch.isfinite(gradient).all()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_maps_whose_squares_would_over_or_underflow(form: str) -> None:
     s, t = torch.rand(2, 200), torch.rand(2, 200)
@@ -117,6 +131,7 @@ def test_maps_whose_squares_would_over_or_underflow(form: str) -> None:
         assert (grad.double() * scale - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("distance", [1e-3, 1e-5])
 def test_a_close_student_is_measured_without_cancellation(distance: float, form: str) -> None:
@@ -130,6 +145,7 @@ def test_a_close_student_is_measured_without_cancellation(distance: float, form:
     assert (gradient - exact[1]).norm() <= 1e-6 / distance * exact[1].norm()
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_scaling_a_feature_changes_nothing(form: str) -> None:
     s, t = torch.randn(2, 5, 59, dtype=torch.float64), torch.randn(2, 3, 59, dtype=torch.float64)
@@ -141,6 +157,7 @@ def test_scaling_a_feature_changes_nothing(form: str) -> None:
     torch.testing.assert_close((gradient * s).sum((1, 2)), torch.zeros(2, dtype=torch.float64), atol=1e-15, rtol=0)
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_pairs_maps_and_features_mix(form: str) -> None:
     shapes = (4, 59), (1, 127), (9, 33), (2, 1)
@@ -156,6 +173,7 @@ def test_pairs_maps_and_features_mix(form: str) -> None:
     torch.testing.assert_close(attention_transfer_loss(*views, form=form), each[:3].sum())
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_unreduced_gradients_belong_to_their_pair(form: str) -> None:
     student = [torch.randn(2, 4, n, dtype=torch.float64, requires_grad=True) for n in (9, 5, 7)]
@@ -168,6 +186,7 @@ def test_unreduced_gradients_belong_to_their_pair(form: str) -> None:
         torch.testing.assert_close(s.grad, weight * loss_and_gradient(s, t, form=form)[1])
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_only_the_student_gets_a_gradient(form: str) -> None:
     s, t = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9, requires_grad=True)
@@ -176,6 +195,7 @@ def test_only_the_student_gets_a_gradient(form: str) -> None:
     assert not attention_transfer_loss([s.detach()], [t], form=form).requires_grad
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_tensor_on_both_sides_and_in_two_pairs(form: str) -> None:
     s, t = torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 9, dtype=torch.float64)
@@ -185,6 +205,7 @@ def test_the_same_tensor_on_both_sides_and_in_two_pairs(form: str) -> None:
     torch.testing.assert_close((loss.detach(), s.grad), (2 * expected[0], 2 * expected[1]))
 
 
+@each_backend
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_empty_batch(reduction: str, form: str) -> None:
@@ -249,7 +270,8 @@ def test_compile(form: str) -> None:
     student = [torch.randn(2, 4, 33, requires_grad=True), torch.rand(2, 9, requires_grad=True)]
     teacher = [torch.randn(2, 6, 33), torch.rand(2, 9)]
     compiled = torch.compile(attention_transfer_loss, fullgraph=True, backend="aot_eager")
-    loss, expected = compiled(student, teacher, form=form), attention_transfer_loss(student, teacher, form=form)
+    with backend.use_backend("eager"):
+        loss, expected = compiled(student, teacher, form=form), attention_transfer_loss(student, teacher, form=form)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
 
