@@ -19,11 +19,7 @@ from torch import Tensor
 
 from mvat.kernels import native
 from mvat.kernels.attention_map import attention_map, attention_map_reference
-<<<<<<< HEAD
-from mvat.kernels.backend import register, use_fused
-=======
-from mvat.kernels.backend import NOT_WRITTEN, current_backend, register, use_fused
->>>>>>> wt-loss
+from mvat.kernels.backend import current_backend, register, use_fused
 from mvat.kernels.checks import check_features, check_power
 
 FORMS = ("paper", "code")
@@ -143,18 +139,10 @@ register("attention_transfer_loss", native.supports("attention_transfer_loss", (
 
 
 def _fake(student, teacher, p, paper):
-<<<<<<< HEAD
-    x = student[0]
-    clips = sum(f.shape[0] for f in student)
-    samples = sum(f.shape[0] * f.shape[-1] for f in student)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(x.new_empty(shape, dtype=wide) for shape in ((len(student),), (2 * samples,), (clips, 4)))
-=======
     wide = torch.float64 if student[0].dtype == torch.float64 else torch.float32
     clips = sum(x.shape[0] for x in student)
     samples = sum(x.shape[0] * x.shape[-1] for x in student)
     return tuple(student[0].new_empty(shape, dtype=wide) for shape in ((len(student),), (2 * samples,), (clips, 4)))
->>>>>>> wt-loss
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -175,23 +163,8 @@ def _backward(ctx, grad, *_):
         x if wanted else (x if x.dim() == 3 else x[:, None])[:, :0] for x, wanted in zip(student, needed, strict=True)
     ]
     gradients = torch.ops.mvat.attention_transfer_loss_backward(grad, student, maps, scalars, ctx.p, ctx.paper)
-<<<<<<< HEAD
-    return (
-        [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)],
-        [None] * len(student),
-        None,
-        None,
-=======
     gradients = [g if wanted else None for g, wanted in zip(gradients, needed, strict=True)]
     return gradients, [None] * len(gradients), None, None
-
-
-def _second_backward(ctx, grads):
-    raise RuntimeError(
-        "attention_transfer_loss: a second derivative is not supported by the fused kernel; "
-        "use mvat.kernels.use_backend('eager')"
->>>>>>> wt-loss
-    )
 
 
 if native.missing("attention_transfer_loss") is None:

@@ -139,7 +139,6 @@ def test_eager_calls_no_kernel() -> None:
 @needs_kernel
 def test_auto_calls_the_kernels() -> None:
     with use_backend("auto"):
-<<<<<<< HEAD
         called = fused_calls(everything)
     ops = {"attention_transfer_loss", "channel_attention", "local_attention"}
     assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
@@ -162,10 +161,6 @@ def test_a_training_step_of_a_preset_runs_the_kernels() -> None:
         called = fused_calls(step)
     ops = {"attention_transfer_loss", "channel_attention", "global_attention", "local_attention"}
     assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
-=======
-        loss = "mvat::attention_transfer_loss"
-        assert {"mvat::attention_map", loss, f"{loss}_backward"} <= fused_calls(everything)
->>>>>>> wt-loss
 
 
 @needs_kernel
