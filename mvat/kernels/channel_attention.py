@@ -57,7 +57,7 @@ def channel_attention(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weigh
         raise ValueError(f"{op}: x must have at least one channel and one sample in time, got shape {list(x.shape)}")
     if use_fused(op, x):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        parameters = (p.to(wide) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+        parameters = (p if p.dtype == wide else p.to(wide) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         return torch.ops.mvat.channel_attention(x, *parameters)[0]
     return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
