@@ -217,7 +217,8 @@ void forward(const Sizes& sizes, const Arguments& in, Results& out) {
   int32_t* index = out.index.mutable_data_ptr<int32_t>();
   View<T> view = view_of<T>(sizes, in.x, in.depthwise);
 
-  if (in.training) {
+  const bool training = in.training && sizes.batch > 0;  // an empty batch has no statistics
+  if (training) {
     batch_statistics(sizes, run, view, in.x, mean, variance);
   } else {
     std::copy_n(in.mean1.const_data_ptr<T>(), n, mean);
@@ -237,7 +238,7 @@ void forward(const Sizes& sizes, const Arguments& in, Results& out) {
     const T* maxima = pooled + clip * 2 * plane + at;
     run.logits(maxima, maxima + plane, std::min(kRun, sizes.chunks - chunk), conv, rows, attention + clip * plane + at);
   }, [&] { return Rows<T>(S, sizes.mask_taps); });
-  if (in.training) mask_statistics(sizes, attention, mean + n, variance + n);
+  if (training) mask_statistics(sizes, attention, mean + n, variance + n);
   const T scale2 = scales(in.weight2.const_data_ptr<T>(), variance + n, 1, in.eps2)[0];
   const T bias2 = *in.bias2.const_data_ptr<T>();
   each(sizes.batch, sizes.runs(), [&](int64_t clip, int64_t part, char&) {
@@ -299,7 +300,8 @@ void mask_backward(const Sizes& sizes, const Kernels<T>& run, const Saved& in, G
   *out.weight2.mutable_data_ptr<T>() = T(product);
 
   const T scale = T(double(*in.weight2.const_data_ptr<T>()) * rstd), share = T(1) / T(n);
-  const T constant = in.training ? T(sum / sizes.count()) : T(0), linear = in.training ? T(product / sizes.count()) : T(0);
+  const double count = in.training && sizes.batch > 0 ? sizes.count() : std::numeric_limits<double>::infinity();
+  const T constant = T(sum / count), linear = T(product / count);
   std::vector<double> parts(sizes.batch * runs * 2 * taps);
   each(sizes.batch, runs, [&](int64_t clip, int64_t part, Rows<T>& rows) {
     const int64_t chunk = part * kRun, at = chunk * S, from = clip * 2 * plane + at;
@@ -341,7 +343,7 @@ void backward(const Sizes& sizes, const Saved& in, Gradient& out) {
     const double rstd = 1 / std::sqrt(double(variance[c]) + in.eps1);
     out.bias1.mutable_data_ptr<T>()[c] = T(sum);
     out.weight1.mutable_data_ptr<T>()[c] = T(product * rstd);
-    if (in.training) {
+    if (in.training && sizes.batch > 0) {
       constant[c] = T(scale[c] * (sum / sizes.count()));
       linear[c] = T(scale[c] * rstd * rstd * (product / sizes.count()));
     }

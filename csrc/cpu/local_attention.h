@@ -109,6 +109,7 @@ MVAT_INLINE void correlate(typename Lanes<T, L>::Vector (&acc)[I][kBlocks / L], 
   const int64_t end = std::min(count, half - first);
   const T* in = rows + (first + k) * kRow;
   for (; k + 2 <= end; k += 2, in += 2 * kRow) {
+    asm volatile("" ::: "memory");  // rows kept from one step to the next would push the sums out of the registers
     decltype(factor<Broadcast, L>(weight, k, 0)) w0[N], w1[N];
     MVAT_UNROLL for (int n = 0; n < N; n++) {
       w0[n] = factor<Broadcast, L>(weight, k, n);
@@ -117,7 +118,8 @@ MVAT_INLINE void correlate(typename Lanes<T, L>::Vector (&acc)[I][kBlocks / L], 
     }
     MVAT_UNROLL for (int i = 1; i < I; i++) {
       MVAT_UNROLL for (int n = 0; n < N; n++) {
-        const auto row = load<L>(in + i * kRow + n * L);
+        auto row = load<L>(in + i * kRow + n * L);
+        MVAT_KEEP(row);
         acc[i - 1][n] += w1[n] * row;
         acc[i][n] += w0[n] * row;
       }

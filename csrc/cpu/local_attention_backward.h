@@ -45,12 +45,15 @@ MVAT_INLINE void slopes(typename Lanes<T, L>::Vector (&u)[I][kBlocks / L], Affin
   using M = typename Lanes<T, L>::Mask;
   constexpr int N = kBlocks / L, G = std::min(4, I * N);
   MVAT_UNROLL for (int i = 0; i < I * N; i += G) {
-    V v[G], gate[G];
+    V v[G], power[G];
     MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = u[(i + g) / N][(i + g) % N] - norm.mean;
     MVAT_UNROLL for (int g = 0; g < G; g++) centred[(i + g) / N][(i + g) % N] = v[g];
     MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = v[g] * norm.scale + norm.bias;
-    sigmoid<L>(v, gate);
-    MVAT_UNROLL for (int g = 0; g < G; g++) v[g] = gate[g] * (1 + v[g] * (1 - gate[g]));
+    exp_minus<L>(v, power);
+    MVAT_UNROLL for (int g = 0; g < G; g++) {
+      const V gate = 1 / (1 + power[g]);
+      v[g] = gate * (1 + v[g] * (power[g] * gate));  // 1 - gate would cancel
+    }
     MVAT_UNROLL for (int g = 0; g < G; g++) {
       const int64_t at = (i + g) * L;
       const M place = M(*reinterpret_cast<const typename Lanes<T, L>::LooseMask*>(index + at));

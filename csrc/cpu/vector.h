@@ -24,6 +24,13 @@
 
 #define MVAT_UNROLL _Pragma("GCC unroll 16")  // in full, so that arrays of vectors become registers
 
+// Holds a vector in a register, where the compiler would rather load it twice.
+#if defined(__x86_64__)
+#define MVAT_KEEP(vector) asm("" : "+v"(vector))
+#else
+#define MVAT_KEEP(vector) (void)0
+#endif
+
 // The best x86-64 level of this machine that kernels are written for: 4 (AVX-512), 3 (AVX2 and FMA) or 1.
 inline int machine_level() {
 #if MVAT_LEVELS

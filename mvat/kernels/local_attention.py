@@ -106,10 +106,10 @@ def _fused(
     y, attention, _, _, statistics = torch.ops.mvat.local_attention(
         x, depthwise.to(wide), *first, conv.to(wide), *second, segment_len, norm1.eps, norm2.eps, training
     )
-    if training:
+    count = attention.numel()
+    if training and count:
         with torch.no_grad():
-            count = attention.numel()
-            mean, var = statistics[0], statistics[1] * (count / max(count - 1, 1))
+            mean, var = statistics[0], statistics[1] * (count / (count - 1))
             for norm, part in ((norm1, slice(None, -1)), (norm2, slice(-1, None))):
                 norm.running_mean.mul_(1 - norm.momentum).add_(mean[part], alpha=norm.momentum)
                 norm.running_var.mul_(1 - norm.momentum).add_(var[part], alpha=norm.momentum)

@@ -2,10 +2,17 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mvat.kernels import Norm, local_attention
+from mvat.kernels import Norm, backend, local_attention, native
 from mvat.kernels.local_attention import local_attention_reference
+
+needs_kernel = pytest.mark.skipif(
+    native.missing("local_attention") is not None, reason=f"no kernel: {native.missing('local_attention')}"
+)
+LEAVES = (0, 1, 2, 3, 6, 7, 8)  # of the eleven tensors: all but the running statistics
 
 
 def norm(channels: int, dtype=torch.float64, momentum: float = 0.1, eps: float = 1e-5) -> Norm:
@@ -185,6 +192,246 @@ def test_compile(training: bool) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def flat(values: list) -> list[Tensor]:
+    """The eleven tensors of `arguments`, as the operator takes them."""
+    return [values[0], values[1], *values[2][:4], values[3], *values[4][:4]]
+
+
+def forward_backward(function, tensors: list[Tensor], segment: int, training: bool, grad: Tensor) -> list[Tensor]:
+    """y, the gradients of all seven leaves, and the running statistics as they are left behind."""
+    t = [v.detach().clone(memory_format=torch.preserve_format) for v in tensors]
+    for i in LEAVES:
+        t[i].requires_grad_()
+    y = function(t[0], t[1], Norm(*t[2:6]), t[6], Norm(*t[7:11], 0.01), segment, training)
+    gradients = torch.autograd.grad(y, [t[i] for i in LEAVES], grad.to(y.dtype))
+    return [y.detach(), *gradients, *(t[i] for i in (4, 5, 9, 10))]
+
+
+def fused(*values) -> Tensor:
+    with backend.use_backend("fused"):
+        return local_attention(*values)
+
+
+def assert_as_exact_as_eager(shape: tuple[int, int, int], segment: int, training: bool, mean: float = 0) -> None:
+    """Everything in float32, over four draws: error against float64 at most twice the reference's, beside roundings."""
+    fused_error, eager_error, scale = torch.zeros(3, 12, dtype=torch.float64)
+    for _ in range(4):
+        t = flat(arguments(shape, segment, training))
+        t[0] += mean
+        # As trained: the running statistics are the batch's.
+        local_attention_reference(t[0], t[1], Norm(*t[2:6], 1.0), t[6], Norm(*t[7:11], 1.0), segment, True)
+        tensors, grad = [v.float() for v in t], torch.randn(shape)
+        wants = forward_backward(local_attention_reference, [t.double() for t in tensors], segment, training, grad)
+        gots = forward_backward(fused, tensors, segment, training, grad)
+        eagers = forward_backward(local_attention_reference, tensors, segment, training, grad)
+        for place, (got, eager, want) in enumerate(zip(gots, eagers, wants, strict=True)):
+            assert got.shape == want.shape and got.dtype == torch.float32 and torch.isfinite(got).all()
+            fused_error[place] += (got - want).square().sum()
+            eager_error[place] += (eager - want).square().sum()
+            scale[place] += want.square().sum()
+    rounding = 4 * torch.finfo(torch.float32).eps * scale.sqrt()
+    assert (fused_error.sqrt() <= 2 * eager_error.sqrt() + rounding).all(), (fused_error / eager_error).sqrt()
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "shape, segment",
+    [
+        ((16, 4, 1), 64),
+        ((3, 7, 59), 64),
+        ((2, 20, 1023), 32),
+        ((1, 20, 4001), 64),
+        ((1, 320, 249), 64),
+        ((2, 3, 333), 10),
+    ],
+)
+def test_as_exact_as_eager(shape: tuple[int, int, int], segment: int, training: bool) -> None:
+    assert_as_exact_as_eager(shape, segment, training)
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_as_exact_as_eager_far_from_zero(training: bool) -> None:
+    assert_as_exact_as_eager((2, 20, 2000), 64, training, 1000)
+
+
+@needs_kernel
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(0, 1200)),
+    st.integers(1, 40),
+    st.tuples(st.integers(0, 20), st.integers(0, 5)),
+    st.booleans(),
+    st.integers(0, 2),
+)
+def test_any_shape_kernel_and_layout(
+    shape: tuple[int, int, int], half: int, reaches: tuple[int, int], training: bool, layout: int
+) -> None:
+    (batch, n, length), (reach, reach2) = shape, reaches
+    tensors = flat(arguments(shape))
+    if layout == 1:
+        tensors[0] = torch.randn(batch + 1, n + 2, length + 5, dtype=torch.float64)[1:, 1:-1, 3:-2]
+    elif layout == 2:
+        tensors[0] = torch.randn(batch, length, n, dtype=torch.float64).transpose(1, 2)
+    tensors[1] = torch.randn(n, 1, 2 * reach + 1, dtype=torch.float64)
+    tensors[6] = torch.randn(1, 2, 2 * reach2 + 1, dtype=torch.float64)
+    grad = torch.randn(batch, n, length, dtype=torch.float64)
+    for got, want in zip(
+        forward_backward(fused, tensors, 2 * half, training, grad),
+        forward_backward(local_attention_reference, tensors, 2 * half, training, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("view", ["every second sample", "expanded", "flipped batch", "negative bit"])
+def test_views_and_their_gradients(view: str, training: bool) -> None:
+    x = {
+        "every second sample": lambda: torch.randn(2, 5, 118, dtype=torch.float64)[..., ::2],
+        "expanded": lambda: torch.randn(2, 1, 59, dtype=torch.float64).expand(2, 5, 59),
+        "flipped batch": lambda: torch.randn(5, 2, 59, dtype=torch.float64).flip(0).transpose(0, 1),
+        "negative bit": lambda: torch.view_as_complex(torch.randn(2, 5, 59, 2, dtype=torch.float64)).conj().imag,
+    }[view]()
+    _, *rest = arguments((2, 5, 59), 16, training)
+    copies = [Norm(*(t.clone() for t in v[:4]), *v[4:]) if isinstance(v, Norm) else v for v in rest]
+    grad = torch.randn(2, 59, 5, dtype=torch.float64).transpose(1, 2)
+    x.requires_grad_()
+    got, want = fused(x, *rest), local_attention_reference(x, *copies)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, grad), torch.autograd.grad(want, x, grad))
+
+
+@needs_kernel
+def test_the_maximum_goes_to_the_first_of_equal_channels() -> None:
+    tensors = flat(arguments((1, 3, 200), 16))
+    tensors[0] = tensors[0][:, :1].expand(1, 3, 200)
+    for i in (1, 2, 3, 4, 5):
+        tensors[i] = tensors[i][:1].expand_as(tensors[i])
+    grad = torch.randn(1, 3, 200, dtype=torch.float64)
+    got = forward_backward(fused, tensors, 16, False, grad)
+    for a, b in zip(got, forward_backward(local_attention_reference, tensors, 16, False, grad), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(got[2][0], got[2][1]) and torch.equal(got[2][1], got[2][2])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_is_handed_on(dtype: torch.dtype) -> None:
+    values = arguments((2, 3, 300), 16, dtype=dtype)
+    values[0][1, 1, 100] = math.nan
+    got, eager = fused(*values), local_attention_reference(*values)
+    assert torch.equal(got.isnan(), eager.isnan()) and 3 < got.isnan().sum() < 200
+    torch.testing.assert_close(got, eager, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert fused(*values[:-1], True).isnan().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_the_thread_count_changes_nothing(training: bool) -> None:
+    tensors = [t.float() for t in flat(arguments((2, 7, 4001), 64, training))]
+    grad, results = torch.randn(2, 7, 4001), []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(forward_backward(fused, tensors, 64, training, grad))
+    torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 5, 33), (0, 5, 33), (2, 5, 0)])
+def test_opcheck(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for training in (False, True):
+        tensors = flat(arguments(shape, 16, training, dtype))
+        rest = (16, 1e-5, 1e-5, training)
+        for i in LEAVES:
+            tensors[i].requires_grad_()
+        torch.library.opcheck(torch.ops.mvat.local_attention, (*tensors, *rest))
+        tensors = [t.detach() for t in tensors]
+        _, *saved = torch.ops.mvat.local_attention(*tensors, *rest)
+        parameters = [tensors[i] for i in (1, 2, 3, 6, 7)]
+        inputs = (torch.randn(shape, dtype=dtype), tensors[0], *parameters, *saved, *rest)
+        torch.library.opcheck(torch.ops.mvat.local_attention_backward, inputs)
+
+
+@needs_kernel
+def test_compile_with_inductor_calls_the_kernel() -> None:
+    torch._dynamo.reset()
+    values = arguments((2, 3, 127), 16, dtype=torch.float32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        got = torch.compile(local_attention, fullgraph=True)(*values)
+    torch.testing.assert_close(got, local_attention_reference(*values))
+    assert "mvat::local_attention" in {event.key for event in profile.key_averages()}
+
+
+@needs_kernel
+def test_a_second_derivative_is_refused() -> None:
+    values = arguments((1, 3, 20), 16)
+    x = values[0].requires_grad_()
+    (dx,) = torch.autograd.grad(fused(*values).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative is not supported by the fused kernel"):
+        dx.sum().backward()
+    with backend.use_backend("eager"):
+        (dx,) = torch.autograd.grad(local_attention(*values).sum(), x, create_graph=True)
+    dx.sum().backward()
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_inference_mode_and_deterministic_algorithms(training: bool) -> None:
+    values = arguments((1, 3, 50), 16, training)
+    copies = [Norm(*(t.clone() for t in v[:4]), *v[4:]) if isinstance(v, Norm) else v for v in values]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.inference_mode():
+            torch.testing.assert_close(fused(*values), local_attention_reference(*copies))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch_leaves_the_statistics_as_the_reference_does(training: bool) -> None:
+    tensors = flat(arguments((0, 3, 50), 16))
+    grad = torch.empty(0, 3, 50, dtype=torch.float64)
+    got = forward_backward(fused, tensors, 16, training, grad)
+    for a, b in zip(got, forward_backward(local_attention_reference, tensors, 16, training, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_leaves_float32_to_the_kernel(training: bool) -> None:
+    values = arguments((2, 3, 127), 16, training, torch.float32)
+    outside = fused(*values)
+    values[1], values[3] = values[1].bfloat16().requires_grad_(), values[3].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fused(*values)
+    y.sum().backward()
+    assert y.dtype == torch.float32 and values[1].grad.dtype == torch.bfloat16
+    torch.testing.assert_close(y, outside, rtol=0.1, atol=0.1)
+
+
+@needs_kernel
+def test_half_precision_has_no_kernel_here() -> None:
+    values = arguments((1, 3, 20), 16, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="torch.bfloat16 on cpu no fused kernel is written yet"):
+        fused(*values)
+
+
+@needs_kernel
+def test_running_statistics_of_another_dtype() -> None:
+    values = arguments((1, 3, 200), 16, True, torch.float32)
+    values[2] = values[2]._replace(running_mean=torch.zeros(3).double(), running_var=torch.ones(3).double())
+    fused(*values)
+    assert values[2].running_mean.dtype == torch.float64 and values[2].running_mean.any()
+
+
 FLOAT = norm(3, torch.float32)
 
 
@@ -212,3 +459,23 @@ def test_bad_input_is_named(place: int, value: object, error: type[Exception], m
     values[place] = value
     with pytest.raises(error, match=f"^local_attention: .*{message}"):
         local_attention(*values)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, torch.randn(3, 20), r"expected x \[B, n, T\] with n >= 1"),
+        (0, torch.randn(1, 3, 20).half(), "expected float32 or float64"),
+        (1, torch.randn(3, 1, 4), r"expected depthwise \[n, 1, K\], K odd"),
+        (2, torch.randn(2), "expected 3 elements in weight1, got 2"),
+        (5, torch.randn(3).double(), "in var1, .* or another dtype"),
+        (6, torch.randn(1, 1, 7), r"expected conv \[1, 2, K\], K odd"),
+        (11, 15, "expected an even segment_len >= 2, got 15"),
+    ],
+)
+def test_the_operator_itself_checks_its_input(place: int, value: object, message: str) -> None:
+    values = [*flat(arguments((1, 3, 20), 16, dtype=torch.float32)), 16, 1e-5, 1e-5, False]
+    values[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.mvat.local_attention(*values)
