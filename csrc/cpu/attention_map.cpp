@@ -1,7 +1,7 @@
 // Q[b, t] = sum over c of |x[b, c, t]|^p and its gradient, on the CPU.
 //
-// Both are limited by memory, so each input is read once and in place. The work is split over (clip, tile of T): a tile's totals
-// stay in the first-level cache while the channels stream past (csrc/cpu/power_sum.h).
+// Both are limited by memory, so each input is read once and in place. The work is split over (clip, tile of T): a tile's
+// totals stay in cache while the channels stream past (csrc/cpu/power_sum.h).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -6,8 +6,8 @@
 //
 //     dL/dQ_S = grad * factor / ||Q_S|| * (d - N(Q_S) <N(Q_S), d>),   factor = 1 / (B ||d||) or 2 / (B T)
 //
-// The tiles of all pairs wait in one queue, so that no thread idles whatever the sizes are. A tile's results are its own and are
-// joined in the tiles' order: the number of threads changes nothing.
+// The tiles of all pairs wait in one queue, so that no thread idles whatever the sizes are. A tile's results are its own and
+// are joined in the tiles' order: the number of threads changes nothing.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,7 +56,7 @@ MVAT_INLINE Norm tile_norm(const T* q, int64_t length) {
   return {double(largest), squares, exponent};
 }
 
-// Leaves the difference where the teacher's map is, or would be.
+// Leaves d, which may take the place of q_teacher.
 template <typename T>
 MVAT_INLINE Distance tile_distance(const T* q_student, const T* q_teacher, int64_t length, double student, double teacher,
                                    T* difference) {

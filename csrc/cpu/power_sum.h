@@ -1,4 +1,4 @@
-// Sums of p-th powers over channels and their gradients, a tile of time at a time: what every operator on attention maps shares.
+// Sums of p-th powers over channels and their gradients, a tile of time at a time: what the operators on attention maps share.
 #pragma once
 
 #include <cstdint>

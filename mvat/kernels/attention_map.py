@@ -5,19 +5,19 @@ r"""The attention map of a feature: how strongly it answers at every moment.
 
 The CPU kernel (csrc/cpu/attention_map.cpp) reads x once and in place, whatever its batch and channel strides, sums in
 float64 and in one order for any number of threads; a second reading with one write gives the gradient. Best of nine in
-milliseconds, float32, 2 cores, forward and backward, the gradient's fresh pages included (they are two thirds of the
-backward at the first size: 61 MB):
+milliseconds, float32, 2 cores without AVX-512, forward and then backward, the gradient's fresh pages included (they are
+most of the backward at the first size: 61 MB):
 
-    [B, C, T]         p = 2: reference   fused         p = 3: reference   fused
-    [4, 60, 64084]     28     43        2.6  22          45     99        12   30
-    [4, 12, 64084]      0.45   2.0      0.16  0.88        1.1    4.3       2.5  2.6
-    [4, 960, 249]       0.10   0.22     0.05  0.09        0.21   0.86      0.80 1.1
-    [1, 4, 249]         0.005  0.035    0.005 0.006       0.006  0.036     0.005 0.005
+    [B, C, T]         p = 2: reference   fused         p = 3: reference   fused         p = 1.5: reference   fused
+    [4, 60, 64084]     30     61        2.5  29          57    139        2.2  28           97    140       26   50
+    [4, 12, 64084]      1.0    6.1      0.55 0.89         1.8    4.2      0.58 0.74          9.9    4.2      5.4  5.5
+    [4, 960, 249]       0.11   0.28     0.09 0.22         0.20   0.98     0.11 0.24          2.9    1.1      1.7  1.9
+    [1, 4, 249]         0.009  0.056    0.025 0.075       0.014  0.077    0.025 0.075        0.019  0.079    0.029 0.077
 
-At p = 3, which PyTorch multiplies out, the kernel loses the forward pass on small features. Tried for the reference at
-the first size, p = 2: (x * x).sum(1) 22 + 41, x.square().sum(1) 27 + 68, linalg.vecdot 28 + 51, einsum 61 + 138,
-linalg.vector_norm(x, dim=1).square() 33 + 47 (and 42 + 3.5 at the second). Tried for the kernel's |x|^p: the C
-library's powf, 5 times slower than the polynomials of csrc/cpu/power.h.
+The smallest size is all dispatch, and the general power loses the backward pass on small features. Tried for the
+reference at the first size, p = 2, on another machine: (x * x).sum(1) 22 + 41, x.square().sum(1) 27 + 68,
+linalg.vecdot 28 + 51, einsum 61 + 138, linalg.vector_norm(x, dim=1).square() 33 + 47 (and 42 + 3.5 at the second).
+Tried for the kernel's |x|^p: the C library's powf, 5 times slower than the polynomials of csrc/cpu/power.h.
 """
 
 import torch
