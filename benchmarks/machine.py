@@ -61,8 +61,9 @@ def results_path(machine: dict[str, Any], commit: dict[str, Any], folder: Path =
 
 
 def name(device: str) -> str:
-    """The machine's folder, such as "amd-epyc-2-cores" or "nvidia-h200"."""
-    text = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} {len(os.sched_getaffinity(0))} cores"
+    """The machine's folder, such as "amd-epyc-avx2-2-cores" or "nvidia-h200"."""
+    kind = f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()} {len(os.sched_getaffinity(0))} cores"
+    text = torch.cuda.get_device_name() if device == "cuda" else kind
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

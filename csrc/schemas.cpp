@@ -10,8 +10,8 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   m.def("attention_map_backward(Tensor grad, Tensor x, float p) -> Tensor");
 
   // Pairs of features [B, C, T] or maps [B, T], of any sizes -> (loss [pairs]; maps, flat: the student's of all pairs, then
-  // the differences of the normalised maps; scalars [sum of B, 4]: what the same
-  // device's backward pass needs of each clip), all wide.
+  // the differences of the normalised maps; scalars [sum of B, 4]: what the backward pass
+  // needs of each clip), all wide.
   m.def("attention_transfer_loss(Tensor[] student, Tensor[] teacher, float p, bool paper) -> (Tensor, Tensor, Tensor)");
   m.def("attention_transfer_loss_backward(Tensor grad, Tensor[] student, Tensor maps, Tensor scalars, float p, bool paper)"
         " -> Tensor[]");

@@ -9,7 +9,7 @@ from benchmarks import machine, plots, publish, results, table
 from benchmarks.results import Row
 
 MACHINE = {
-    "name": "test-machine", "device": "cpu", "cpu": "Test CPU", "gpu": None, "threads": 2,
+    "name": "test-machine", "device": "cpu", "cpu": "Test CPU", "instruction_set": "AVX2", "gpu": None, "threads": 2,
     "date": "2026-01-02T03:04:05", "versions": {"torch": "2.13.0"}, "warning": "",
 }  # fmt: skip
 COMMIT = {"id": "abcdef0", "dirty": False}
@@ -81,7 +81,10 @@ def test_the_table_marks_noise_and_drops_peers_that_never_ran() -> None:
 
 
 def test_a_busy_machine_and_uncommitted_changes_are_said() -> None:
-    assert table.measured_on(MACHINE, COMMIT) == "Test CPU (2 threads, cpu), PyTorch 2.13.0, 2026-01-02, commit abcdef0"
+    assert (
+        table.measured_on(MACHINE, COMMIT)
+        == "Test CPU with AVX2 (2 threads, cpu), PyTorch 2.13.0, 2026-01-02, commit abcdef0"
+    )
     text = table.measured_on(MACHINE | {"warning": "the machine is busy"}, COMMIT | {"dirty": True})
     assert "abcdef0 with changes" in text and "not to be trusted: the machine is busy" in text
 
