@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <tuple>
+#include <vector>
 
 #include "global_attention.h"
 
@@ -19,7 +20,8 @@ using namespace mvat::global_attention;
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kTasks = 16;  // of the backward pass, at least, where there are as many tiles; at most 4 times as many
+constexpr int kTile = 24;       // triples of a key tile
+constexpr int64_t kTasks = 16;  // of the backward pass, at least, where there are as many tiles; at most twice as many
 
 // What runs on this processor: the kernels of one level, with the sizes that they were compiled for.
 template <typename T>
@@ -36,18 +38,18 @@ struct Level {
 // A tile's queries fill up to three vectors; the last tile of a sequence takes no more than it needs.
 template <typename T, int L, int MR>
 MVAT_INLINE void forward_any(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries, T* workspace) {
-  if (queries > 2 * L) return Tile<T, L, 3, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
-  if (queries > L) return Tile<T, L, 2, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
-  Tile<T, L, 1, MR, 16>::forward(f, sequence, tile, q0, queries, workspace);
+  if (queries > 2 * L) return Tile<T, L, 3, MR, kTile>::forward(f, sequence, tile, q0, queries, workspace);
+  if (queries > L) return Tile<T, L, 2, MR, kTile>::forward(f, sequence, tile, q0, queries, workspace);
+  Tile<T, L, 1, MR, kTile>::forward(f, sequence, tile, q0, queries, workspace);
 }
 
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void backward_any(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0, int64_t queries,
                               T* workspace) {
   if constexpr (NV > 2)
-    if (queries > 2 * L) return Tile<T, L, 3, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
-  if (queries > L) return Tile<T, L, 2, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
-  Tile<T, L, 1, MR, 24>::backward(f, d, sequence, q0, queries, workspace);
+    if (queries > 2 * L) return Tile<T, L, 3, MR, kTile>::backward(f, d, sequence, q0, queries, workspace);
+  if (queries > L) return Tile<T, L, 2, MR, kTile>::backward(f, d, sequence, q0, queries, workspace);
+  Tile<T, L, 1, MR, kTile>::backward(f, d, sequence, q0, queries, workspace);
 }
 
 // Lanes, vectors of queries in the backward pass, rows of a register block.
@@ -61,8 +63,8 @@ MVAT_INLINE void backward_any(const Backward<T>& f, const Gradients<T>& d, int64
     backward_any<T, L, NV, MR>(f, d, sequence, q0, queries, workspace);                                                  \
   }                                                                                                                      \
   const Level<T> level_##NAME = {                                                                                        \
-      MR,     2 * L,  3 * L,           Tile<T, L, 3, MR, 16>::forward_workspace,                                         \
-      forward_##NAME, NV * L, Tile<T, L, NV, MR, 24>::backward_workspace, backward_##NAME};
+      MR,     2 * L,  3 * L,           Tile<T, L, 3, MR, kTile>::forward_workspace,                                         \
+      forward_##NAME, NV * L, Tile<T, L, NV, MR, kTile>::backward_workspace, backward_##NAME};
 #if MVAT_LEVELS
 MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 2, 8)
 MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)
@@ -150,7 +152,7 @@ void lay_out_keys(const Shape& shape, const Signal<T>& x, T* keys) {
 }
 
 template <typename T>
-void run_forward(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len, Tensor& y, Tensor* lse, Tensor* mixed) {
+void run_forward(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len, Tensor& y, Tensor* softmax, Tensor* mixed) {
   const Level<T>& kernels = level<T>();
   const Shape shape = shape_of(x, a, segment_len, kernels.rows, kernels.lanes);
   const int64_t tiles = (shape.chunks + kernels.forward_queries - 1) / kernels.forward_queries;
@@ -160,7 +162,7 @@ void run_forward(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segm
   pad_weights<T>(shape, a, T(kLog2E), weights.data);
   pad_weights<T>(shape, m, T(1), weights.data + square);
   const Forward<T> f = {shape,        signal<T>(x), keys.data, weights.data, weights.data + square, y.mutable_data_ptr<T>(),
-                        edges.data,   lse ? lse->mutable_data_ptr<T>() : nullptr,
+                        edges.data,   softmax ? softmax->mutable_data_ptr<T>() : nullptr,
                         mixed ? mixed->mutable_data_ptr<T>() : nullptr};
   lay_out_keys(shape, f.x, keys.data);
   torch::stable::parallel_for(0, shape.sequences * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -204,21 +206,20 @@ void gather(const Shape& shape, const T* keys, const T* blocks, int64_t parts, i
 
 // The sum over tasks of padded weight gradients [heads, width, width], times a scale, to [heads, C, C].
 template <typename T>
-void unpad_weights(const Shape& shape, const T* sums, int64_t tasks, int64_t stride, T scale, Tensor& out) {
+void unpad_weights(const Shape& shape, const T* sums, int64_t tasks, int64_t stride, double scale, Tensor& out) {
+  std::vector<double> total(shape.heads * shape.width() * shape.width());
+  for (int64_t task = 0; task < tasks; task++, sums += stride)
+    for (size_t i = 0; i < total.size(); i++) total[i] += sums[i];
   T* to = out.mutable_data_ptr<T>();
-  const auto place = [&](int64_t i) { return i < shape.half ? i : shape.padded + i - shape.half; };
-  for (int64_t head = 0; head < shape.heads; head++)
-    for (int64_t i = 0; i < 2 * shape.half; i++)
-      for (int64_t j = 0; j < 2 * shape.half; j++) {
-        double sum = 0;
-        for (int64_t task = 0; task < tasks; task++)
-          sum += sums[task * stride + (head * shape.width() + place(i)) * shape.width() + place(j)];
-        *to++ = T(scale * sum);
-      }
+  for (int64_t row = 0; row < shape.heads * 2; row++)
+    for (int64_t i = 0; i < shape.half; i++)
+      for (int64_t column = 0; column < 2; column++)
+        for (int64_t j = 0; j < shape.half; j++)
+          *to++ = T(scale * total[(row * shape.padded + i) * shape.width() + column * shape.padded + j]);
 }
 
 template <typename T>
-void run_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& m, const Tensor& lse, const Tensor& mixed,
+void run_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& m, const Tensor& softmax, const Tensor& mixed,
                   int64_t segment_len, Tensor& dx, Tensor& da, Tensor& dm) {
   const Level<T>& kernels = level<T>();
   const Shape shape = shape_of(x, a, segment_len, kernels.rows, kernels.lanes);
@@ -228,12 +229,12 @@ void run_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Te
   pad_weights<T>(shape, a, T(kLog2E), weights.data);
   pad_weights<T>(shape, m, T(1), weights.data + square);
   const Backward<T> f = {shape,        signal<T>(x), signal<T>(grad), keys.data, weights.data, weights.data + square,
-                         lse.const_data_ptr<T>(), mixed.const_data_ptr<T>()};
+                         softmax.const_data_ptr<T>(), mixed.const_data_ptr<T>()};
   lay_out_keys(shape, f.x, keys.data);
   // A task is several sequences, or with few sequences a part of one's queries. It has sums of its own, and the sums are added
   // in the tasks' order; which they are depends on the shape alone.
   const int64_t parts = std::min(tiles, (kTasks + shape.sequences - 1) / std::max<int64_t>(1, shape.sequences));
-  const int64_t group = parts > 1 ? 1 : (shape.sequences + 4 * kTasks - 1) / (4 * kTasks);
+  const int64_t group = parts > 1 ? 1 : (shape.sequences + 2 * kTasks - 1) / (2 * kTasks);
   const int64_t tasks = group ? (shape.sequences + group - 1) / group * parts : 0;
   const int64_t sums = shape.key_size() + (shape.chunks + 1) * shape.padded;
   const Aligned<T> weight_sums(tasks * 2 * square), part_sums(parts > 1 ? tasks * sums : 0);
@@ -263,8 +264,8 @@ void run_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Te
         gather(shape, d_keys, d_keys + shape.key_size(), parts, sums, target + sequence * shape.length);
       }
     });
-  unpad_weights(shape, weight_sums.data, tasks, 2 * square, T(kLog2E), da);
-  unpad_weights(shape, weight_sums.data + square, tasks, 2 * square, T(1), dm);
+  unpad_weights(shape, weight_sums.data, tasks, 2 * square, kLog2E, da);
+  unpad_weights(shape, weight_sums.data + square, tasks, 2 * square, 1, dm);
 }
 
 void check(const Tensor& x, const Tensor& a, const Tensor& m, int64_t segment_len) {
@@ -285,36 +286,36 @@ std::tuple<Tensor, Tensor, Tensor> global_attention(const Tensor& x, const Tenso
   const int64_t chunks = (x.size(2) + segment_len) / (segment_len / 2) + 1;
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   const int64_t kept = keep ? x.size(0) : 0;
-  Tensor lse = torch::stable::new_empty(x, {kept, x.size(1), a.size(0), chunks});
+  Tensor softmax = torch::stable::new_empty(x, {kept, x.size(1), a.size(0), chunks, 2});
   Tensor mixed = torch::stable::new_empty(x, {kept, x.size(1), a.size(0), chunks, segment_len});
   if (x.scalar_type() == ScalarType::Float) {
-    run_forward<float>(x, a, m, segment_len, y, keep ? &lse : nullptr, keep ? &mixed : nullptr);
+    run_forward<float>(x, a, m, segment_len, y, keep ? &softmax : nullptr, keep ? &mixed : nullptr);
   } else {
-    run_forward<double>(x, a, m, segment_len, y, keep ? &lse : nullptr, keep ? &mixed : nullptr);
+    run_forward<double>(x, a, m, segment_len, y, keep ? &softmax : nullptr, keep ? &mixed : nullptr);
   }
-  return {y, lse, mixed};
+  return {y, softmax, mixed};
 }
 
 std::tuple<Tensor, Tensor, Tensor> global_attention_backward(const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& m,
-                                                             const Tensor& lse_any, const Tensor& mixed_any,
+                                                             const Tensor& softmax_any, const Tensor& mixed_any,
                                                              int64_t segment_len) {
   check(x, a, m, segment_len);
   const int64_t chunks = (x.size(2) + segment_len) / (segment_len / 2) + 1;
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) && grad.size(2) == x.size(2) &&
                       grad.scalar_type() == x.scalar_type(),
                   "global_attention_backward: expected grad in the shape and dtype of x");
-  STD_TORCH_CHECK(lse_any.numel() == x.size(0) * x.size(1) * a.size(0) * chunks &&
-                      mixed_any.numel() == lse_any.numel() * segment_len && lse_any.scalar_type() == x.scalar_type() &&
+  STD_TORCH_CHECK(softmax_any.numel() == x.size(0) * x.size(1) * a.size(0) * chunks * 2 &&
+                      2 * mixed_any.numel() == softmax_any.numel() * segment_len && softmax_any.scalar_type() == x.scalar_type() &&
                       mixed_any.scalar_type() == x.scalar_type(),
-                  "global_attention_backward: expected lse and mixed as global_attention gives them with keep=True");
-  const Tensor lse = torch::stable::contiguous(lse_any), mixed = torch::stable::contiguous(mixed_any);
+                  "global_attention_backward: expected softmax and mixed as global_attention gives them with keep=True");
+  const Tensor softmax = torch::stable::contiguous(softmax_any), mixed = torch::stable::contiguous(mixed_any);
   Tensor dx = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   Tensor da = torch::stable::new_empty(x, {a.size(0), segment_len, segment_len});
   Tensor dm = torch::stable::new_empty(x, {a.size(0), segment_len, segment_len});
   if (x.scalar_type() == ScalarType::Float) {
-    run_backward<float>(grad, x, a, m, lse, mixed, segment_len, dx, da, dm);
+    run_backward<float>(grad, x, a, m, softmax, mixed, segment_len, dx, da, dm);
   } else {
-    run_backward<double>(grad, x, a, m, lse, mixed, segment_len, dx, da, dm);
+    run_backward<double>(grad, x, a, m, softmax, mixed, segment_len, dx, da, dm);
   }
   return {dx, da, dm};
 }

@@ -46,14 +46,14 @@ struct Forward {
   Signal<T> x;
   const T *keys, *a, *m;  // [sequences, triples, 4, padded]; [heads, width, width], a in base 2
   T *y, *edges;           // [sequences, T]; [tiles, half]: what a tile gives to the next one's first block
-  T *lse, *mixed;         // [sequences, heads, P], in base 2, [sequences, heads, P, 2 half]; or null
+  T *softmax, *mixed;     // [sequences, heads, P, 2]: the maximum, in base 2, and the sum; [sequences, heads, P, 2 half]; or null
 };
 
 template <typename T>
 struct Backward {
   Shape shape;
   Signal<T> x, grad;
-  const T *keys, *a, *m, *lse, *mixed;
+  const T *keys, *a, *m, *softmax, *mixed;
 };
 
 // Where the gradients of one part of the queries are added up.
@@ -137,58 +137,86 @@ struct Tile {
     }
   }
 
-  // scores [triples, 4, queries], rows 0, 1, 3: start + the filter g over the keys.
+  // scores [triples, 4, queries], rows 0, 1, 3: start + the filter g over the keys. Every product ends in memory, even where the
+  // next one goes on from it: with one set of accumulators at a time the compiler spills none.
   MVAT_INLINE void score(const Shape& shape, const T* g, const T* keys, int64_t triples, const Vector (&start)[NV], T* scores) {
     const int64_t padded = shape.padded, half = shape.half, plane = padded * kQueries, row = 4 * kQueries;
     for (int64_t j = 0; j < triples; j += MR) {
       const T* key = keys + j * 4 * padded;
-      T* out = scores + j * row;
-      Vector acc[MR][NV];
-      MVAT_UNROLL for (int r = 0; r < MR; r++)
-        MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = start[v];
-      multiply_add<T, L, NV, MR>(acc, g + plane, kQueries, key + padded, 4 * padded, 1, half);
-      store(acc, out + kQueries, row);
-      MVAT_UNROLL for (int r = 0; r < MR; r++)
-        MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = Vector{};
-      multiply_add<T, L, NV, MR>(acc, g + 2 * plane, kQueries, key + 2 * padded, 4 * padded, 1, half);
-      MVAT_UNROLL for (int r = 0; r < MR; r++)
-        MVAT_UNROLL for (int v = 0; v < NV; v++) {
-          T* middle = out + r * row + kQueries + v * L;
-          const Vector first = *(const Memory*)middle;
-          *(Memory*)middle = first - acc[r][v];
-          acc[r][v] += first;
-        }
-      store(acc, out + 2 * kQueries, row);
-      multiply_add<T, L, NV, MR>(acc, g, kQueries, key, 4 * padded, 1, half);
-      store(acc, out, row);
-      load(acc, out + 2 * kQueries, row);
-      multiply_add<T, L, NV, MR>(acc, g + 3 * plane, kQueries, key + 3 * padded, 4 * padded, 1, half);
-      store(acc, out + 3 * kQueries, row);
+      T *first = scores + j * row, *second = first + kQueries, *spare = second + kQueries, *third = spare + kQueries;
+      {
+        Vector acc[MR][NV];
+        MVAT_UNROLL for (int r = 0; r < MR; r++)
+          MVAT_UNROLL for (int v = 0; v < NV; v++) acc[r][v] = start[v];
+        multiply_add<T, L, NV, MR>(acc, g + plane, kQueries, key + padded, 4 * padded, 1, half);
+        store(acc, second, row);
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV] = {};
+        multiply_add<T, L, NV, MR>(acc, g + 2 * plane, kQueries, key + 2 * padded, 4 * padded, 1, half);
+        MVAT_UNROLL for (int r = 0; r < MR; r++)
+          MVAT_UNROLL for (int v = 0; v < NV; v++) {
+            T* middle = second + r * row + v * L;
+            const Vector one = *(const Memory*)middle;
+            *(Memory*)middle = one - acc[r][v];
+            *(Memory*)(spare + r * row + v * L) = one + acc[r][v];
+          }
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV];
+        load(acc, spare, row);
+        multiply_add<T, L, NV, MR>(acc, g, kQueries, key, 4 * padded, 1, half);
+        store(acc, first, row);
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV];
+        load(acc, spare, row);
+        multiply_add<T, L, NV, MR>(acc, g + 3 * plane, kQueries, key + 3 * padded, 4 * padded, 1, half);
+        store(acc, third, row);
+      }
+      MVAT_FENCE;
     }
   }
 
   // out [width, queries] += the weighted sum of the keys, from weights w0 .. w3 [triples, 4, queries].
   MVAT_INLINE void mix(const Shape& shape, const T* weights, const T* keys, int64_t triples, T* out) {
     const int64_t padded = shape.padded, row = 4 * kQueries, step = 4 * padded;
+    alignas(64) T plus[MR * kQueries], minus[MR * kQueries];
     for (int64_t c = 0; c < padded; c += MR) {
-      Vector acc[MR][NV] = {}, difference[MR][NV];
-      multiply_add<T, L, NV, MR>(acc, weights + kQueries, row, keys + padded + c, 1, step, triples);
-      MVAT_UNROLL for (int r = 0; r < MR; r++)
-        MVAT_UNROLL for (int v = 0; v < NV; v++) {
-          difference[r][v] = acc[r][v];
-          acc[r][v] = Vector{};
-        }
-      multiply_add<T, L, NV, MR>(acc, weights + 2 * kQueries, row, keys + 2 * padded + c, 1, step, triples);
-      MVAT_UNROLL for (int r = 0; r < MR; r++)
-        MVAT_UNROLL for (int v = 0; v < NV; v++) {
-          const Vector sum = T(0.5) * (difference[r][v] + acc[r][v]);
-          difference[r][v] = T(0.5) * (difference[r][v] - acc[r][v]);
-          acc[r][v] = sum;
-        }
-      multiply_add<T, L, NV, MR>(acc, weights, row, keys + c, 1, step, triples);
-      add(acc, out + c * kQueries, kQueries);
-      multiply_add<T, L, NV, MR>(difference, weights + 3 * kQueries, row, keys + 3 * padded + c, 1, step, triples);
-      add(difference, out + (padded + c) * kQueries, kQueries);
+      T *first = out + c * kQueries, *second = out + (padded + c) * kQueries;
+      {
+        Vector acc[MR][NV] = {};
+        multiply_add<T, L, NV, MR>(acc, weights + kQueries, row, keys + padded + c, 1, step, triples);
+        store(acc, plus, kQueries);
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV] = {};
+        multiply_add<T, L, NV, MR>(acc, weights + 2 * kQueries, row, keys + 2 * padded + c, 1, step, triples);
+        store(acc, minus, kQueries);
+      }
+      MVAT_FENCE;
+      for (int64_t i = 0; i < MR * kQueries; i += L) {
+        const Vector one = *(const Memory*)(plus + i), two = *(const Memory*)(minus + i);
+        *(Memory*)(first + i) += T(0.5) * (one + two);
+        *(Memory*)(second + i) += T(0.5) * (one - two);
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV] = {};
+        multiply_add<T, L, NV, MR>(acc, weights, row, keys + c, 1, step, triples);
+        add(acc, first, kQueries);
+      }
+      MVAT_FENCE;
+      {
+        Vector acc[MR][NV] = {};
+        multiply_add<T, L, NV, MR>(acc, weights + 3 * kQueries, row, keys + 3 * padded + c, 1, step, triples);
+        add(acc, second, kQueries);
+      }
+      MVAT_FENCE;
     }
   }
 
@@ -227,16 +255,17 @@ struct Tile {
       Vector top[NV] = {}, total[NV] = {};  // the scores' running maximum, softmax's denominator
       for (int64_t j = 0; j < shape.triples; j += TJ) {
         const int64_t triples = std::min<int64_t>(TJ, shape.triples - j);
-        attend(shape, g, keys + j * 4 * padded, triples, std::min(3 * triples, shape.chunks - 3 * j), j == 0, top, total, mixed,
+        attend(shape, g, keys + j * 4 * padded, triples, shape.chunks - 3 * j, j == 0, top, total, mixed,
                scores);
       }
       Vector scale[NV];
       MVAT_UNROLL for (int v = 0; v < NV; v++) scale[v] = T(1) / total[v];
-      if (f.lse) {
+      if (f.softmax) {
         for (int64_t q = 0; q < queries; q++) {
           const int64_t at = (sequence * shape.heads + head) * shape.chunks + q0 + q;
           const T denominator = total[q / L][q % L];
-          f.lse[at] = top[q / L][q % L] + std::log2(denominator);
+          f.softmax[2 * at] = top[q / L][q % L];
+          f.softmax[2 * at + 1] = denominator;
           T* out = f.mixed + at * 2 * half;
           for (int64_t c = 0; c < half; c++) out[c] = mixed[c * kQueries + q] / denominator;
           for (int64_t c = 0; c < half; c++) out[half + c] = mixed[(padded + c) * kQueries + q] / denominator;
@@ -270,10 +299,11 @@ struct Tile {
       most[v] = Vector{} - std::numeric_limits<T>::max();
     }
     score(shape, g, keys, triples, start, scores);
-    for (int64_t k = 0; k < count; k++) {
-      const T* row = scores + (k / 3 * 4 + k % 3 + (k % 3 == 2)) * kQueries;
+    mask(scores, count, triples);
+    for (int64_t k = 0; k < 4 * triples; k++) {
+      if (k % 4 == 2) continue;  // the spare row
       MVAT_UNROLL for (int v = 0; v < NV; v++) {
-        const Vector s = *(const Memory*)(row + v * L);
+        const Vector s = *(const Memory*)(scores + k * kQueries + v * L);
         most[v] = most[v] > s ? most[v] : s;
       }
     }
@@ -293,7 +323,6 @@ struct Tile {
         for (int64_t c = 0; c < shape.width(); c++) *(Memory*)(mixed + c * kQueries + v * L) *= rise;
       }
     }
-    mask(scores, count, triples);
     Vector sum[NV] = {};
     for (int64_t j = 0; j < triples; j++) {
       MVAT_UNROLL for (int v = 0; v < NV; v++) {
@@ -336,26 +365,27 @@ struct Tile {
   // keys [triples, 4, padded] += slopes z + weights dO, both filters a query a row.
   template <int R>
   MVAT_INLINE void key_rows(const Shape& shape, const T* slopes, const T* z, const T* weights, const T* out, T* keys) {
-    const int64_t padded = shape.padded;
-    for (int64_t r = 0; r < 4; r++)
-      for (int64_t c = r * padded; c < (r + 1) * padded; c += 2 * L) {
-        Vector acc[R][2] = {};
-        multiply_add<T, L, 2, R>(acc, z + c, 4 * padded, slopes + r * kQueries, 4 * kQueries, 1, kQueries);
-        multiply_add<T, L, 2, R>(acc, out + c, 4 * padded, weights + r * kQueries, 4 * kQueries, 1, kQueries);
-        add_columns<R>(acc, keys + c, 4 * padded);
-      }
+    constexpr int64_t row = 4 * kQueries;
+    Vector acc[R][2] = {};
+    multiply_add<T, L, 2, R>(acc, z, 4 * shape.padded, slopes, row, 1, kQueries);
+    multiply_add<T, L, 2, R>(acc, out, 4 * shape.padded, weights, row, 1, kQueries);
+    add_columns<R>(acc, keys, 4 * shape.padded);
+    MVAT_FENCE;
   }
   MVAT_INLINE void key_gradient(const Shape& shape, const T* slopes, const T* z, const T* weights, const T* out, int64_t triples,
                                 T* keys) {
     constexpr int64_t kRows = MR == 4 ? 6 : MR, row = 4 * kQueries;
-    int64_t j = 0;
-    for (; j + kRows <= triples; j += kRows)
-      key_rows<kRows>(shape, slopes + j * row, z, weights + j * row, out, keys + j * 4 * shape.padded);
-    for (; j < triples; j += 2)
-      key_rows<2>(shape, slopes + j * row, z, weights + j * row, out, keys + j * 4 * shape.padded);
+    for (int64_t c = 0; c < 4 * shape.padded; c += 2 * L) {
+      const int64_t plane = c / shape.padded * kQueries;
+      int64_t j = 0;
+      for (; j + kRows <= triples; j += kRows)
+        key_rows<kRows>(shape, slopes + j * row + plane, z + c, weights + j * row + plane, out + c, keys + j * 4 * shape.padded + c);
+      for (; j < triples; j += 2)
+        key_rows<2>(shape, slopes + j * row + plane, z + c, weights + j * row + plane, out + c, keys + j * 4 * shape.padded + c);
+    }
   }
 
-  // Scores, log-sum-exp taken off, become softmax's weights P, and slopes dP - D become ln 2 P (dP - D), both spread.
+  // Scores, the maximum taken off, become softmax's weights without its denominator, and their slopes those of the scores.
   MVAT_INLINE void soften(int64_t triples, T* scores, T* slopes) {
     for (int64_t j = 0; j < triples; j++) {
       MVAT_UNROLL for (int v = 0; v < NV; v++) {
@@ -363,22 +393,23 @@ struct Tile {
         Vector p[3];
         MVAT_UNROLL for (int k = 0; k < 3; k++) {
           const Vector s = *(const Memory*)(score + (k == 2 ? 3 : k) * kQueries);
-          p[k] = s < T(0) ? s : Vector{};  // above it by rounding alone
+          p[k] = s < T(16) ? s : Vector{} + T(16);  // above 10 only by the rounding of huge scores
           exp2_lanes<L>(p[k]);
         }
         spread(p[0], p[1], p[2], score);
-        MVAT_UNROLL for (int k = 0; k < 3; k++) p[k] *= T(kLn2) * *(const Memory*)(slope + (k == 2 ? 3 : k) * kQueries);
+        MVAT_UNROLL for (int k = 0; k < 3; k++) p[k] *= *(const Memory*)(slope + (k == 2 ? 3 : k) * kQueries);
         spread(p[0], p[1], p[2], slope);
       }
     }
   }
 
   static int64_t backward_workspace(const Shape& shape) {
-    return 2 * shape.padded * kBlocks + (16 * shape.padded + 4 * shape.width() + 8 * TJ + 2) * kQueries;
+    return 2 * shape.padded * kBlocks + (16 * shape.padded + 4 * shape.width() + 8 * TJ + 3) * kQueries;
   }
 
   // The gradients that come from one tile of queries. With dO = dY M, z = X A, D the sum over channels of dO O, and the scores'
-  // gradient dS = ln 2 P (dP - D) where dP = dO X': the keys get dS' z + P' dO, the queries dz A' where dz = dS X.
+  // gradient dS = ln 2 P (dP - D) where dP = dO X': the keys get dS' z + P' dO, the queries dz A' where dz = dS X. P comes
+  // without its denominator, which divides dO and D instead.
   MVAT_INLINE void backward(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0, int64_t queries,
                             T* workspace) {
     const Shape& shape = f.shape;
@@ -389,7 +420,7 @@ struct Tile {
     T *dz = out_rows + 4 * padded * kQueries, *dx = dz + width * kQueries;
     T *dz_rows = dx + width * kQueries, *mixed_rows = dz_rows + width * kQueries;
     T *scores = mixed_rows + width * kQueries, *slopes = scores + 4 * TJ * kQueries;
-    T *lse = slopes + 4 * TJ * kQueries, *centre = lse + kQueries;
+    T *top = slopes + 4 * TJ * kQueries, *inverse = top + kQueries, *centre = inverse + kQueries;
     const T* keys = f.keys + sequence * shape.key_size();
     read_blocks(shape, f.x, sequence, q0, T(1), blocks);
     read_blocks(shape, f.grad, sequence, q0, T(0.5), upper);
@@ -400,28 +431,33 @@ struct Tile {
       filter(shape, f.m + weight, upper, out);
       transpose(z, 4 * padded, z_rows);
       transpose(out, 4 * padded, out_rows);
-      // Lanes beyond the last query meet no output gradient; their softmax may be anything finite.
+      // Lanes beyond the last query weigh nothing.
       std::fill_n(mixed_rows, width * kQueries, T(0));
-      std::fill_n(lse, 2 * kQueries, T(0));
+      std::fill_n(top, 3 * kQueries, T(0));
       const int64_t at = (sequence * shape.heads + head) * shape.chunks + q0;
       for (int64_t q = 0; q < queries; q++) {
-        const T *mixed = f.mixed + (at + q) * 2 * half, *first = out_rows + q * 4 * padded, *second = first + 3 * padded;
+        top[q] = f.softmax[2 * (at + q)];
+        inverse[q] = T(1) / f.softmax[2 * (at + q) + 1];
+        T *first = out_rows + q * 4 * padded, *second = first + 3 * padded;
+        for (int64_t c = 0; c < 4 * padded; c++) first[c] *= inverse[q];
+        const T* mixed = f.mixed + (at + q) * 2 * half;
         std::copy_n(mixed, half, mixed_rows + q * width);
         std::copy_n(mixed + half, half, mixed_rows + q * width + padded);
-        lse[q] = f.lse[at + q];
         for (int64_t c = 0; c < half; c++) centre[q] += first[c] * mixed[c] + second[c] * mixed[half + c];
       }
-      Vector minus_lse[NV], minus_centre[NV], one[NV];
+      Vector minus_top[NV], minus_centre[NV], one[NV];
       MVAT_UNROLL for (int v = 0; v < NV; v++) {
-        minus_lse[v] = -*(const Memory*)(lse + v * L);
-        minus_centre[v] = -*(const Memory*)(centre + v * L);
+        minus_top[v] = -*(const Memory*)(top + v * L);
+        minus_centre[v] = T(-kLn2) * *(const Memory*)(centre + v * L);
         one[v] = Vector{} + T(1);
+        const Vector scale = T(kLn2) * *(const Memory*)(inverse + v * L);
+        for (int64_t c = 0; c < 4 * padded; c++) *(Memory*)(out + c * kQueries + v * L) *= scale;
       }
       std::fill_n(dz, width * kQueries, T(0));
       for (int64_t j = 0; j < shape.triples; j += TJ) {
         const int64_t triples = std::min<int64_t>(TJ, shape.triples - j);
         const T* tile = keys + j * 4 * padded;
-        score(shape, z, tile, triples, minus_lse, scores);
+        score(shape, z, tile, triples, minus_top, scores);
         score(shape, out, tile, triples, minus_centre, slopes);
         mask(scores, shape.chunks - 3 * j, triples);
         soften(triples, scores, slopes);

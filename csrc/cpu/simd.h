@@ -21,6 +21,9 @@
 // Unrolled whole, so that arrays of vectors become registers.
 #define MVAT_UNROLL _Pragma("GCC unroll 16")
 
+// What was stored before it is not kept in registers for after it.
+#define MVAT_FENCE asm volatile("" ::: "memory")
+
 // Vectors as arguments have no fixed calling convention, but nothing here is ever called: all is inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 

@@ -67,7 +67,8 @@ def global_attention(
         check_parameter(op, name, weight, (width, segment_len), x)
     check_parameter(op, "w_o", w_o, (segment_len, width), x)
     if use_fused(op, x):
-        a, m = absorb(w_q, w_k, w_v, w_o, heads)
+        with torch.autocast(x.device.type, enabled=False):
+            a, m = (weight.to(x.dtype) for weight in absorb(w_q, w_k, w_v, w_o, heads))
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, m))
         return torch.ops.mvat.global_attention(x, a, m, segment_len, keep)[0]
     return global_attention_reference(x, w_q, w_k, w_v, w_o, heads, segment_len)
@@ -86,16 +87,16 @@ register("global_attention", native.supports("global_attention", ("cpu",)))
 def _fake(x: Tensor, a: Tensor, m: Tensor, segment_len: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (x.shape[2] + segment_len) // (segment_len // 2) + 1
     kept = (x.shape[0] if keep else 0, x.shape[1], a.shape[0], chunks)
-    return x.new_empty(x.shape), x.new_empty(kept), x.new_empty((*kept, segment_len))
+    return x.new_empty(x.shape), x.new_empty((*kept, 2)), x.new_empty((*kept, segment_len))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, a, m, ctx.segment_len, keep = inputs
-    _, lse, mixed = output
+    _, softmax, mixed = output
     if not keep:
         raise RuntimeError("mvat::global_attention: a gradient takes keep=True")
-    ctx.mark_non_differentiable(lse, mixed)
-    ctx.save_for_backward(x, a, m, lse, mixed)
+    ctx.mark_non_differentiable(softmax, mixed)
+    ctx.save_for_backward(x, a, m, softmax, mixed)
 
 
 def _backward(ctx, grad, *_):
@@ -106,7 +107,7 @@ if native.missing("global_attention") is None:
     torch.library.register_fake("mvat::global_attention", _fake)
     torch.library.register_fake(
         "mvat::global_attention_backward",
-        lambda grad, x, a, m, lse, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
+        lambda grad, x, a, m, softmax, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
     )
     torch.library.register_autograd("mvat::global_attention", _backward, setup_context=_setup_context)
     native.refuse_second_backward("global_attention")
