@@ -324,8 +324,8 @@ void forward(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tens
 
 template <typename T>
 void backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gate_any, const Tensor& pooled,
-              const Tensor& index_any, const Tensor& w1, const Tensor& b1, const Tensor& w2, Tensor& dx_any, Tensor& dw1_any, Tensor& db1_any,
-              Tensor& dw2_any, Tensor& db2_any) {
+              const Tensor& index_any, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+              Tensor& dx_any, Tensor& dw1_any, Tensor& db1_any, Tensor& dw2_any, Tensor& db2_any) {
   const Layout layout(x_any);
   const Features<T> x(x_any), grad(grad_any);
   const int64_t batch = layout.batch, channels = layout.channels, blocks = layout.blocks, hidden = w1.size(0);

@@ -1,4 +1,4 @@
-// Tensors as the kernels want them. Small features make the dispatcher the larger part of a call: it is asked only where needed.
+// Tensors as the kernels want them. For small features the dispatcher is most of a call: it is asked only where needed.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
