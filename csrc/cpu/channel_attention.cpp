@@ -1,9 +1,9 @@
 // y = x * sigmoid(fc(max_t x) + fc(mean_t x)), fc(v) = W2 relu(W1 v + b1) + b2, and its gradients, on the CPU.
 //
-// Features are read twice each way: for the gates, then to be scaled by them (backward: the upper gradient, with the features for
-// the gates' gradients, then alone for the features' own). All threads work at one clip, or at as many small ones as caches hold,
-// and go backwards the second time, so that each finds what it read last still in its cache. Work is cut into blocks of a channel:
-// maxima and sums of a block stand in fixed lanes and are merged in one order, whatever the number of threads.
+// Features are read twice each way: for the gates, then to be scaled by them (backward: with the upper gradient for the gates'
+// gradients, then that gradient alone for the features' own). All threads work at one clip, or at as many small ones as caches
+// hold, and go backwards the second time, so that each finds what it read last still in its cache. Work is cut into blocks of a
+// channel: maxima and sums of a block stand in fixed lanes and are merged in one order, whatever the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -323,9 +323,9 @@ void forward(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tens
 }
 
 template <typename T>
-void backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gate_any, const Tensor& pooled, const Tensor& index_any,
-              const Tensor& w1, const Tensor& b1, const Tensor& w2, Tensor& dx_any, Tensor& dw1_any, Tensor& db1_any,
-              Tensor& dw2_any, Tensor& db2_any) {
+void backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gate_any, const Tensor& pooled,
+              const Tensor& index_any, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+              Tensor& dx_any, Tensor& dw1_any, Tensor& db1_any, Tensor& dw2_any, Tensor& db2_any) {
   const Layout layout(x_any);
   const Features<T> x(x_any), grad(grad_any);
   const int64_t batch = layout.batch, channels = layout.channels, blocks = layout.blocks, hidden = w1.size(0);

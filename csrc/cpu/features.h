@@ -1,4 +1,4 @@
-// Tensors as the kernels want them. Small features make the dispatcher the larger part of a call: it is asked only where needed.
+// Tensors as the kernels want them. For small features the dispatcher is most of a call: it is asked only where needed.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,7 +18,7 @@ inline torch::stable::Tensor readable(const torch::stable::Tensor& x) {
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// A new tensor on the CPU; dtype as aoti_torch_dtype_* gives it. Four times as fast as torch::stable::new_empty.
+// A new tensor on the CPU; dtype as aoti_torch_dtype_* gives it. It does not go through the dispatcher.
 template <size_t N>
 torch::stable::Tensor new_tensor(const int64_t (&sizes)[N], int32_t dtype) {
   std::array<int64_t, N> strides;

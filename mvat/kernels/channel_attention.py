@@ -5,6 +5,20 @@
 
 Source: Park et al., "MANNER: Multi-view Attention Network for Noise Erasure", ICASSP 2022, after the channel
 attention of CBAM (Woo et al., ECCV 2018).
+
+The CPU kernel (csrc/cpu/channel_attention.cpp) finds maximum and mean in one pass, in place whatever the batch and
+channel strides, and scales in a second one that goes backwards through what the first left in the caches. Medians in
+milliseconds, float32, 2 cores, eager, fused and torch.compile in turn; middle of three runs, which differed by up to a
+factor of two on the larger shapes:
+
+    [B, n, T]         forward: eager  fused  compile    and backward: eager  fused  compile
+    [1, 320, 62]               0.145  0.078   0.144                   0.63   0.32    0.64
+    [4, 320, 249]              0.39   0.17    0.24                    1.29   0.69    1.25
+    [16, 320, 249]             1.29   0.77    0.65                    8.2    3.6     4.0
+    [16, 160, 1000]            1.9    1.15    0.91                   15.6    6.2     5.7
+
+The forward pass loses to torch.compile at batch 16. Tried: one small clip a thread instead of waves of clips (slower
+at batch 16: every clip streams the weights anew), waves of 0.5 to 16 MB (no difference beyond noise).
 """
 
 import torch
