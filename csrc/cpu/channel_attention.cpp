@@ -307,11 +307,11 @@ void forward(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tens
             holder[row] = best, max[row] = pool[best].max, mean[row] = T(sum / double(layout.length));
           }
         });
-        hide(w1, b1, clips, max + first, mean + first, &of_max[clip * hidden], &of_mean[clip * hidden]);
+        hide(w1, b1, clips, max + first, mean + first, of_max.data() + clip * hidden, of_mean.data() + clip * hidden);
         spread_strips(channels, 2 * clips * hidden, [&](int64_t start, int64_t count) {
           for (int64_t i = clip; i < clip + clips; i++) {
             T *g = gate + i * channels + start, *product = &products[i * channels + start];
-            times_vectors_entry(weight2 + start * hidden, count, hidden, &of_max[i * hidden], &of_mean[i * hidden], g, product);
+            times_vectors_entry(weight2 + start * hidden, count, hidden, of_max.data() + i * hidden, of_mean.data() + i * hidden, g, product);
             for (int64_t c = 0; c < count; c++) g[c] = 1 / (1 + std::exp(-(g[c] + product[c] + 2 * bias2[start + c])));
           }
         });
@@ -349,11 +349,11 @@ void backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gate_an
           for (int64_t i = 0; i < blocks; i++) dgate += dots[row * blocks + i];
           dsum[row] = T(dgate) * ((1 - gate[row]) * gate[row]);
         }
-        hide(w1, b1, clips, max + first, mean + first, &of_max[clip * hidden], &of_mean[clip * hidden]);
+        hide(w1, b1, clips, max + first, mean + first, of_max.data() + clip * hidden, of_mean.data() + clip * hidden);
         spread_strips(hidden, clips * channels, [&](int64_t start, int64_t count) {
           for (int64_t i = clip; i < last; i++) {
-            T *a = &of_max[i * hidden + start], *b = &of_mean[i * hidden + start];
-            T *da = &dhidden[i * hidden + start], *db = &dhidden[(batch + i) * hidden + start];
+            T *a = of_max.data() + i * hidden + start, *b = of_mean.data() + i * hidden + start;
+            T *da = dhidden.data() + i * hidden + start, *db = dhidden.data() + (batch + i) * hidden + start;
             vector_times_entry(&dsum[i * channels], 1, weight2 + start, hidden, channels, count, da);
             for (int64_t j = 0; j < count; j++) {
               db[j] = b[j] == 0 ? 0 : da[j];
@@ -364,7 +364,7 @@ void backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& gate_an
         });
         spread_strips(channels, 2 * clips * hidden, [&](int64_t start, int64_t count) {
           for (int64_t i = clip; i < last; i++) {
-            const T *da = &dhidden[i * hidden], *db = &dhidden[(batch + i) * hidden];
+            const T *da = dhidden.data() + i * hidden, *db = dhidden.data() + (batch + i) * hidden;
             vector_times_entry(da, 1, weight1 + start, channels, hidden, count, &dmax[i * channels + start]);
             vector_times_entry(db, 1, weight1 + start, channels, hidden, count, &dmean[i * channels + start]);
           }
