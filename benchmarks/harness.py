@@ -91,7 +91,7 @@ class Settings:
     quick: bool = False
     manner: Path | None = None
     budget: float = 1.0
-    call_limit: float = 4.0
+    call_limit: float = 6.0
 
 
 def measure(case: Case, settings: Settings, rates: Rates | None) -> Iterator[Row]:

@@ -311,7 +311,8 @@ void forward(const Tensor& x_any, const Tensor& w1, const Tensor& b1, const Tens
         spread_strips(channels, 2 * clips * hidden, [&](int64_t start, int64_t count) {
           for (int64_t i = clip; i < clip + clips; i++) {
             T *g = gate + i * channels + start, *product = &products[i * channels + start];
-            times_vectors_entry(weight2 + start * hidden, count, hidden, of_max.data() + i * hidden, of_mean.data() + i * hidden, g, product);
+            const T *from_max = of_max.data() + i * hidden, *from_mean = of_mean.data() + i * hidden;
+            times_vectors_entry(weight2 + start * hidden, count, hidden, from_max, from_mean, g, product);
             for (int64_t c = 0; c < count; c++) g[c] = 1 / (1 + std::exp(-(g[c] + product[c] + 2 * bias2[start + c])));
           }
         });
