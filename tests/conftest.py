@@ -1,5 +1,6 @@
 """What every test shares. Triton decides at its import whether it interprets, so this file comes before everything."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,14 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# No deadline: a machine may be busy. The same examples every time: a change, not chance, makes a test fail.
-settings.register_profile("mvat", deadline=None, derandomize=True)
-settings.load_profile("mvat")
+# A GPU machine that runs the CUDA tests alone need not have hypothesis.
+with contextlib.suppress(ModuleNotFoundError):
+    from hypothesis import settings
+
+    # No deadline: a machine may be busy. The same examples every time: a change, not chance, makes a test fail.
+    settings.register_profile("mvat", deadline=None, derandomize=True)
+    settings.load_profile("mvat")
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -23,7 +24,7 @@ template <size_t N>
 torch::stable::Tensor new_tensor(const int64_t (&sizes)[N], int32_t dtype) {
   std::array<int64_t, N> strides;
   int64_t stride = 1;
-  for (size_t i = N; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  for (size_t i = N; i-- > 0; stride *= std::max<int64_t>(1, sizes[i])) strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(N, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));

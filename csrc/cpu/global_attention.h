@@ -393,7 +393,7 @@ struct Tile {
         Vector p[3];
         MVAT_UNROLL for (int k = 0; k < 3; k++) {
           const Vector s = *(const Memory*)(score + (k == 2 ? 3 : k) * kQueries);
-          p[k] = s < T(16) ? s : Vector{} + T(16);  // above 10 only by the rounding of huge scores
+          p[k] = s > T(16) ? Vector{} + T(16) : s;  // above 10 only by the rounding of huge scores
           exp2_lanes<L>(p[k]);
         }
         spread(p[0], p[1], p[2], score);

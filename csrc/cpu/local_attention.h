@@ -43,6 +43,10 @@ T* first_row(T* rows) { return rows + kEdge * kRow + 8; }
 // Four rows of four become four columns.
 template <typename T>
 MVAT_INLINE void transpose4(const T* in, int64_t in_stride, T* out, int64_t out_stride) {
+#if !defined(__clang__) && __GNUC__ < 12  // has no __builtin_shufflevector
+  for (int64_t r = 0; r < 4; r++)
+    for (int64_t c = 0; c < 4; c++) out[c * out_stride + r] = in[r * in_stride + c];
+#else
   using V = typename Lanes<T, 4>::Vector;
   const V a = load<4>(in), b = load<4>(in + in_stride), c = load<4>(in + 2 * in_stride), d = load<4>(in + 3 * in_stride);
   const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
@@ -51,6 +55,7 @@ MVAT_INLINE void transpose4(const T* in, int64_t in_stride, T* out, int64_t out_
   store<4>(out + out_stride, V(__builtin_shufflevector(ab, cd, 2, 3, 6, 7)));
   store<4>(out + 2 * out_stride, V(__builtin_shufflevector(ef, gh, 0, 1, 4, 5)));
   store<4>(out + 3 * out_stride, V(__builtin_shufflevector(ef, gh, 2, 3, 6, 7)));
+#endif
 }
 
 // out[c][r] = in[r][c] for `rows` x `columns`.

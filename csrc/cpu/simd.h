@@ -71,7 +71,7 @@ template <int L>
 MVAT_INLINE void exp2_lanes(typename Simd<float, L>::Vector& x) {
   using Vector = typename Simd<float, L>::Vector;
   using Integers = typename Simd<float, L>::Integers;
-  x = x > -100.f ? x : Vector{} - 100.f;
+  x = x < -100.f ? Vector{} - 100.f : x;  // a NaN stays
   const Vector shifted = x + 0x1.8p23f;  // rounds; the integer stands in the low bits
   const Vector f = x - (shifted - 0x1.8p23f);
   Vector p = f * 1.326472707e-3f + 9.671512649e-3f;
@@ -87,7 +87,7 @@ MVAT_INLINE void exp2_lanes(typename Simd<double, L>::Vector& x) {
   using Vector = typename Simd<double, L>::Vector;
   using Integers = typename Simd<double, L>::Integers;
   constexpr double kLn2 = 0x1.62e42fefa39efp-1;
-  x = x > -1000. ? x : Vector{} - 1000.;
+  x = x < -1000. ? Vector{} - 1000. : x;
   const Vector shifted = x + 0x1.8p52;
   const Vector f = (x - (shifted - 0x1.8p52)) * kLn2;
   Vector p = Vector{} + 1.;

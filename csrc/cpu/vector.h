@@ -4,6 +4,7 @@
 // that inlines it: a vector type wider than the instruction set's own runs twenty times slower.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -99,7 +100,7 @@ template <int L, int G>
 MVAT_INLINE void exp_minus(const typename Lanes<double, L>::Vector (&x)[G], typename Lanes<double, L>::Vector (&out)[G]) {
   for (int g = 0; g < G; g++) {
     typename Lanes<double, L>::Vector power{};
-    for (int l = 0; l < L; l++) power[l] = std::exp(-x[g][l]);
+    for (int l = 0; l < L; l++) power[l] = std::exp(std::min(-x[g][l], 700.));  // no infinity, and a NaN stays
     out[g] = power;
   }
 }

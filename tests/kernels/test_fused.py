@@ -166,6 +166,22 @@ def test_a_nan_is_handed_on(op: Op, place: int) -> None:
         assert torch.equal(fused(op)(*inputs).isnan(), op.reference(*inputs).isnan())
 
 
+@pytest.mark.parametrize("parameter", [1, 2, 3])
+def test_a_nan_in_a_weight_is_handed_on(op: Op, parameter: int) -> None:
+    inputs = [t.detach() for t in tensors(op, 2, 6, 101)]
+    inputs[parameter].view(-1)[-1] = torch.nan
+    with torch.no_grad():
+        assert torch.equal(fused(op)(*inputs).isnan(), op.reference(*inputs).isnan())
+
+
+def test_weights_of_several_dtypes_under_autocast() -> None:
+    x, *weights = tensors(OPS["global"], 1, 2, 100)
+    expected = global_attention(x, *weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = global_attention(x, weights[0].to(torch.bfloat16), *weights[1:])
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+
+
 def test_the_first_of_equal_maxima_gets_the_gradient() -> None:
     op = OPS["channel"]
     inputs = tensors(op, 1, 6, 70)

@@ -143,12 +143,13 @@ def test_empty(shape: tuple[int, int, int], training: bool) -> None:
     assert y.shape == values[0].grad.shape == shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [False, True])
-def test_silence_and_extremes(training: bool) -> None:
-    _, *rest = arguments((1, 3, 1), 16, training, torch.float32)
-    assert not local_attention(torch.zeros(1, 3, 200), *rest).any()
-    for scale in (1e-30, 1e15):
-        x = (scale * torch.randn(1, 3, 200)).requires_grad_()
+def test_silence_and_extremes(training: bool, dtype: torch.dtype) -> None:
+    _, *rest = arguments((1, 3, 1), 16, training, dtype)
+    assert not local_attention(torch.zeros(1, 3, 200, dtype=dtype), *rest).any()
+    for scale in (1e-30, 1e4, 1e15):
+        x = (scale * torch.randn(1, 3, 200, dtype=dtype)).requires_grad_()
         y = local_attention(x, *rest)
         y.sum().backward()
         assert torch.isfinite(y).all() and y.any() and torch.isfinite(x.grad).all()
