@@ -3,7 +3,7 @@
 The extension keeps to PyTorch's stable ABI and Python's limited API: one binary serves every PyTorch >= 2.11 and every
 Python >= 3.11. Without a C++ compiler the pure-Python part is installed, and the operators run their plain PyTorch
 references; a compiler that fails is an error. The CUDA part is built where PyTorch has CUDA and nvcc is found, for the
-architectures in TORCH_CUDA_ARCH_LIST, else those of the GPUs in sight, else all of ARCHITECTURES.
+architectures in TORCH_CUDA_ARCH_LIST, else those of the GPUs in sight, else all that it is tested on.
 """
 
 import os
@@ -29,6 +29,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     COMPILE.append("-mprefer-vector-width=512")
 COMPILE_CUDA = ["-O3", "-std=c++20", "-Xcompiler", "-fvisibility=hidden"]
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+OLDER_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"  # all that nvcc knows before 12.8
 
 
 def find_compiler() -> str | None:
@@ -54,7 +55,9 @@ def has_cuda() -> bool:
         )
         return False
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        older = tuple(map(int, torch.version.cuda.split("."))) < (12, 8)
+        chosen = os.environ.get("TORCH_CUDA_ARCH_LIST") or (OLDER_ARCHITECTURES if older else ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
     return True
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.publish            renew benchmarks/results/<machine>/README.md, its pictures, and README.md
     python -m benchmarks.publish --check    ends with 1 if a page is not what the results say; writes nothing
 
-Of every op a page shows the newest file that measured it; older files stay as history. In README.md the tables stand
+Of every case a page shows the newest file that measured it; older files stay as history. In README.md the tables stand
 between `<!-- benchmarks -->` and `<!-- end of benchmarks -->`.
 """
 
@@ -24,24 +24,33 @@ _REST = "<!-- benchmarks --> and <!-- end of benchmarks -->"
 
 
 class Measured(NamedTuple):
-    """The rows of one op, and the machine and commit they were measured on."""
+    """The rows of one op, and the runs they come from: machine and commit each, newest first."""
 
     rows: list[Row]
-    machine: dict[str, Any]
-    commit: dict[str, Any]
+    runs: list[tuple[dict[str, Any], dict[str, Any]]]
+
+    def where(self) -> str:
+        """The runs in words."""
+        return "; ".join(dict.fromkeys(table.measured_on(*run) for run in self.runs))
 
 
 def newest(folder: Path) -> dict[str, Measured]:
-    """Of every op of a machine's folder the newest rows.
+    """Of every op of a machine's folder the newest rows of each case.
 
     Raises:
         ValueError: if a file is not one of results; names it.
     """
     files = [results.read(path) for path in sorted(folder.glob("*.json"))]
+    groups: dict[str, tuple[int, list[Row]]] = {}
+    files.sort(key=lambda file: file[1]["date"])
+    for number, (rows, _, _) in enumerate(files):
+        for group in dict.fromkeys(row.group for row in rows):
+            groups[group] = number, [row for row in rows if row.group == group]
     found: dict[str, Measured] = {}
-    for rows, info, commit in sorted(files, key=lambda file: file[1]["date"]):
-        for op in dict.fromkeys(row.op for row in rows):
-            found[op] = Measured([row for row in rows if row.op == op], info, commit)
+    for op in dict.fromkeys(rows[0].op for _, rows in groups.values()):
+        mine = [(number, rows) for number, rows in groups.values() if rows[0].op == op]
+        runs = sorted({number for number, _ in mine}, reverse=True)
+        found[op] = Measured([row for _, rows in mine for row in rows], [files[number][1:] for number in runs])
     return found
 
 
@@ -53,9 +62,9 @@ def page(name: str, measured: dict[str, Measured], pictures: Sequence[str]) -> s
         "cell: the median (speed against eager, share of the floor). The floor is the time that the products and the "
         "bytes would take at rates measured in the same run; ~ the machine was noisy; – there is nothing to run.\n"
     ]
-    for op, (rows, info, commit) in measured.items():
+    for op, one in measured.items():
         picture = f"![{op}]({op}.png)\n\n" if f"{op}.png" in pictures else ""
-        parts.append(f"## {op}\n\n{table.measured_on(info, commit)}.\n\n{picture}{table.full(rows)}")
+        parts.append(f"## {op}\n\n{one.where()}.\n\n{picture}{table.full(one.rows)}")
     if plots.THROUGHPUT in pictures:
         parts[0] += f"\n![seconds of audio a second]({plots.THROUGHPUT})\n"
     return "\n".join(parts)
@@ -65,14 +74,14 @@ def block(machines: dict[str, dict[str, Measured]]) -> str:
     """README's part: one table a machine, and a plain word where no GPU was measured."""
     parts = []
     for name, measured in machines.items():
-        latest = max(measured.values(), key=lambda m: m.machine["date"])
+        latest = max((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
         rows = _all(measured)
         parts.append(
-            f"{table.measured_on(latest.machine, latest.commit)}. Milliseconds, medians of interleaved samples, "
+            f"{table.measured_on(*latest)}. Milliseconds, medians of interleaved samples, "
             f"forward / forward and backward; [all rows and pictures](benchmarks/results/{name}/README.md).\n\n"
             + table.overview(rows)
         )
-    if not any(one.machine["gpu"] for measured in machines.values() for one in measured.values()):
+    if not any(info["gpu"] for measured in machines.values() for one in measured.values() for info, _ in one.runs):
         parts.append("GPU: not measured on a GPU yet.\n")
     return "\n".join(parts)
 

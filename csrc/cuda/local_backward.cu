@@ -295,7 +295,6 @@ struct Outputs {
   }
 };
 
-inline int part_floats(const LocalShape& s) { return s.warps * ((s.taps + 31) / 32 * 32); }
 
 template <int kTaps, int kThreads>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks<kThreads>)
@@ -359,7 +358,7 @@ void launch(const LocalShape& s, const Feature& grad, const Feature& x, const Lo
   const Groups groups(s);
   const int64_t rows = tiles_of(s) * s.warps, own_tiles = ceil_divide(s.rows, kOwnRows);
   const size_t bytes1 = sizeof(float) * (s.tile_floats() + s.weight_floats());
-  const size_t bytes = sizeof(float) * (2 * s.tile_floats() + 2 * s.weight_floats() + part_floats(s));
+  const size_t bytes = sizeof(float) * s.most_floats();
   const auto norm1 = norm1_kernel<kTaps, kThreads>;
   const auto gradient = gradient_kernel<kTaps, kThreads>;
   MVAT_ALLOW_SHARED(norm1, bytes1);

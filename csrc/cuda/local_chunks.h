@@ -38,6 +38,9 @@ struct LocalShape {
   // A chunk tile and, rounded up to whole words, the weights of a channel.
   int tile_floats() const { return kRows * stride; }
   int weight_floats() const { return (taps + 3) / 4 * 4; }
+  int part_floats() const { return warps * ((taps + 31) / 32 * 32); }
+  // What the largest kernel, that of the gradients, takes of shared memory.
+  int most_floats() const { return 2 * tile_floats() + 2 * weight_floats() + part_floats(); }
 };
 
 // The preset's sizes get kernels of their own: kTaps is 31, or 0 for any number.

@@ -218,7 +218,7 @@ void launch(const LocalShape& s, const Feature& x, const LocalParameters& parame
 const char* local_attention_limit(int64_t segment, int64_t taps1) {
   if (segment > 256) return "segment_len up to 256";
   const LocalShape s(Feature{nullptr, 1, 1, 1, 1, 1, Type::kFloat}, segment, taps1 < 1000 ? taps1 : 1000);
-  return 2 * s.tile_floats() > 96 * 256 ? "fewer taps of the depthwise convolution" : nullptr;
+  return s.most_floats() > 99 * 256 ? "fewer taps of the depthwise convolution" : nullptr;
 }
 
 int64_t local_attention_workspace(const Feature& x, const LocalParameters& parameters) {

@@ -96,7 +96,8 @@ def local_attention(
 
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape or device.
-        RuntimeError: for a second derivative of the fused kernel; or where the back end is "fused" and there is none.
+        RuntimeError: for a second derivative of the fused kernel; where the back end is "fused" and there is none; on a
+            GPU for a segment_len above 256, or for more taps than fit its kernel.
     """
     op = "local_attention"
     check_features(op, "x", x, ("B", "n", "T"))

@@ -117,7 +117,7 @@ def readme(tmp_path: Path) -> Path:
 
 def test_pages_follow_the_newest_results(tmp_path: Path, path: Path, readme: Path) -> None:
     command = ["--results", str(tmp_path), "--readme", str(readme)]
-    newer = [row("eager", 3, 64_084)]
+    newer = [row("eager", 3, 64_084), row("eager", 5, 400), row("fused", 4, 400)]
     results.write(path.with_name("2026-01-03-1234567.json"), newer, MACHINE | {"date": "2026-01-03T00:00:00"}, COMMIT)
     assert publish.main([*command, "--check"]) == 1
     assert readme.read_text().startswith("before\n<!-- benchmarks -->\nold")
@@ -125,7 +125,9 @@ def test_pages_follow_the_newest_results(tmp_path: Path, path: Path, readme: Pat
     assert "T 64084 | 3.03" in readme.read_text() and "not measured on a GPU yet" in readme.read_text()
     assert readme.read_text().startswith("before\n") and readme.read_text().endswith("\nafter\n")
     page = (path.parent / "README.md").read_text()
-    assert "T 64084" in page and "T 100" not in page and "![some_op](some_op.png)" in page
+    assert "T 64084" in page and "T 100" in page and "![some_op](some_op.png)" in page
+    assert "2026-01-02, commit abcdef0" in page and "2026-01-03, commit abcdef0" in page
+    assert "T 400 | forward | 5.05 ms" in page and "8.08 ms" not in page  # the newest of a case
     assert (path.parent / "some_op.png").is_file()
     assert publish.main([*command, "--check"]) == 0
 
