@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     extent.add_argument("--kernels", action="store_true", help="the ops alone, no model, no step")
     parser.add_argument("--only", choices=KERNELS + WHOLE, help="one benchmark alone")
     parser.add_argument("--missing", action="store_true", help="leave out what results of this machine and code hold")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many seconds")
     parser.add_argument("--manner", type=Path, help="a checkout of MANNER's original repository, to compare with")
     parser.add_argument(
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(torch.get_num_threads())  # fixed from here on
-    settings = Settings(device, options.quick, options.manner)
+    settings = Settings(device, options.quick, options.manner, not options.no_compile)
     names = (options.only,) if options.only else KERNELS if options.kernels else KERNELS + WHOLE
     if options.missing:
         there = {row.op for row in held(machine.RESULTS / machine.name(device), machine.code_digest())}

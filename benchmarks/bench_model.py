@@ -115,7 +115,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             "onnxruntime": _onnx(point, settings),
             "manner": _manner(point, settings.manner),
         }
-        if point.named:
+        if point.named and settings.compile:
             variants["compile"] = compiled(make)
         with torch.device("meta"):
             weights = sum(p.numel() * p.itemsize for p in build(point.preset).parameters())

@@ -34,7 +34,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             "eager": Variant(make),
             "fused": Variant(make, "auto", missing=not_fused(OPS, settings.device, torch.float32)),
         }
-        if point.named and point.preset == "s-8.1gf":
+        if point.named and point.preset == "s-8.1gf" and settings.compile:
             variants["compile"] = Variant(lambda point=point: _compiled(point.preset), algorithm=make)
         yield Case(
             "training_step",

@@ -40,7 +40,7 @@ for name in $parts; do
     build) part 120 build.log env MAX_JOBS=8 "$python" setup.py build_ext --inplace ;;
     tests) part 100 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py ;;
     report) part 60 report.log "$python" -m benchmarks.compile_report ;;
-    bench) part 200 bench.log "$python" -m benchmarks --missing --seconds 150 --out "$out/results" ;;
+    bench) part 200 bench.log "$python" -m benchmarks --missing --no-compile --seconds 150 --out "$out/results" ;;
     profile) part 60 profile.log "$python" -m benchmarks.step_profile "$out/step_profile.txt" ;;
     distil) part 180 distil.log "$python" -m benchmarks.distillation_run "$out/distillation.json" ;;
     *) echo "gpu_check: no part $name: build tests report bench profile distil" >&2; exit 2 ;;

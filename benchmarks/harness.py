@@ -56,7 +56,7 @@ class Case:
         passes: "forward" (no gradient), "forward+backward", or "step" (the variant does its own backward pass).
         dtype: what the inputs are cast to.
         bound, gradient_bound: factors of BOUNDS for outputs and for gradients. Beyond 10 they hold for the first
-            variant; the others must then not be more than twice as far off.
+            variant; the others must then not be more than four times as far off.
         weight_bytes: bytes of weights that every call reads besides its inputs.
         audio_seconds: of audio in one call, for a model.
     """
@@ -82,6 +82,7 @@ class Settings:
         device: "cpu" or "cuda".
         quick: only check the answers.
         manner: a checkout of MANNER's original repository, or None.
+        compile: whether torch.compile is measured too.
         budget: seconds of samples a case and pass.
         call_limit: a case whose single call would take more seconds, by its products at a quarter of the peak, is left
             out.
@@ -90,6 +91,7 @@ class Settings:
     device: str = "cpu"
     quick: bool = False
     manner: Path | None = None
+    compile: bool = True
     budget: float = 1.0
     call_limit: float = 6.0
 
@@ -199,9 +201,10 @@ class _Pass:
             if not error <= limit:
                 row.status, row.detail = "wrong", f"relative error of the {what} {error:.1e}, the bound is {limit:.0e}"
         if variant is self.first:
-            # Where the bound has to be wide, the others may be twice as far off as the first, which is eager.
+            # Where the bound has to be wide, the others may not be much further off than the first, which is eager. Four
+            # times: of the worst of a step's hundreds of gradients a ReLU decides that rounding turns to its other side.
             least = 10 * BOUNDS[self.case.dtype]
-            self.limits = [min(limit, max(2 * error, least)) for limit, error in zip(self.limits, errors, strict=True)]
+            self.limits = [min(limit, max(4 * error, least)) for limit, error in zip(self.limits, errors, strict=True)]
         return body
 
     def _time(

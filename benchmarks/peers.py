@@ -23,7 +23,7 @@ def op_variants(
         "eager": Variant(lambda: reference),
         "fused": Variant(lambda: op, "auto", missing=not_fused(ops, settings.device, dtype)),
     }
-    if named:
+    if named and settings.compile:
         variants["compile"] = compiled(lambda: reference)
     return variants
 
