@@ -40,7 +40,12 @@ for name in $parts; do
     build) part 120 build.log env MAX_JOBS=8 "$python" setup.py build_ext --inplace ;;
     tests) part 100 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py ;;
     report) part 60 report.log "$python" -m benchmarks.compile_report ;;
-    bench) part 200 bench.log "$python" -m benchmarks --missing --no-compile --seconds 150 --out "$out/results" ;;
+    bench)
+      part 150 bench_kernels.log "$python" -m benchmarks --kernels --missing --seconds 110 --out "$out/results"
+      for whole in model training_step distillation_step; do
+        part 50 "bench_$whole.log" "$python" -m benchmarks --only "$whole" --missing --no-compile --seconds 25 --out "$out/results"
+      done
+      ;;
     profile) part 60 profile.log "$python" -m benchmarks.step_profile "$out/step_profile.txt" ;;
     distil) part 180 distil.log "$python" -m benchmarks.distillation_run "$out/distillation.json" ;;
     *) echo "gpu_check: no part $name: build tests report bench profile distil" >&2; exit 2 ;;

@@ -201,8 +201,8 @@ class _Pass:
             if not error <= limit:
                 row.status, row.detail = "wrong", f"relative error of the {what} {error:.1e}, the bound is {limit:.0e}"
         if variant is self.first:
-            # Where the bound has to be wide, the others may not be much further off than the first, which is eager. Four
-            # times: of the worst of a step's hundreds of gradients a ReLU decides that rounding turns to its other side.
+            # Where the bound has to be wide, the others may not be much further off than the first, which is eager.
+            # Four times: the worst of a step's hundreds of gradients hangs on a ReLU that rounding turns over.
             least = 10 * BOUNDS[self.case.dtype]
             self.limits = [min(limit, max(4 * error, least)) for limit, error in zip(self.limits, errors, strict=True)]
         return body
