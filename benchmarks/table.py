@@ -26,7 +26,7 @@ def measured_on(machine: dict[str, Any], commit: dict[str, Any]) -> str:
     kind = machine["gpu"] or f"{machine['cpu']} with {machine['instruction_set']}"
     where = f"{kind} ({machine['threads']} threads, {machine['device']})"
     when = f"{machine['date'][:10]}, commit {commit['id']}{' with changes' if commit['dirty'] else ''}"
-    warning = f"; **not to be trusted: {machine['warning']}**" if machine.get("warning") else ""
+    warning = f"; warned at the start: {machine['warning']}" if machine.get("warning") else ""
     return f"{where}, PyTorch {machine['versions']['torch']}, {when}{warning}"
 
 

@@ -1,10 +1,10 @@
 """Samples of time: the clock of a device, variants interleaved, quartiles, and whether the machine was quiet."""
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -84,11 +84,25 @@ def disagree(one: Sequence[float], other: Sequence[float]) -> bool:
     return not any(a[0] / (1 + DRIFT) <= b[1] <= a[2] * (1 + DRIFT) for a, b in (ends, ends[::-1]))
 
 
-def busy(load: float | None = None) -> str:
-    """A warning where other processes keep the machine busy, else ""; to be asked before the first benchmark.
+def busy(share: float | None = None) -> str:
+    """A warning where other processes keep the machine busy, else ""; to be asked while nothing of ours runs.
 
     Args:
-        load: runnable processes, by default the system's average over the last minute.
+        share: of the processors' time that is in use, by default as it is now. (The system's load average would still
+            hold the benchmark before.)
     """
-    load = os.getloadavg()[0] if load is None else load
-    return f"the machine is busy: load average {load:.2f} before the first benchmark" if load > 0.5 else ""
+    share = _share_in_use() if share is None else share
+    return f"the machine is busy: {share:.0%} of its processors' time is in use by others" if share > 0.1 else ""
+
+
+def _share_in_use(seconds: float = 1.0) -> float:
+    before = _processor_times()
+    time.sleep(seconds)
+    total, idle = (after - former for after, former in zip(_processor_times(), before, strict=True))
+    return 1 - idle / max(total, 1)
+
+
+def _processor_times() -> tuple[int, int]:
+    """Ticks of all processors since the start, and those of them that were idle or waiting for a disk."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(ticks), ticks[3] + ticks[4]

@@ -86,7 +86,7 @@ def test_a_busy_machine_and_uncommitted_changes_are_said() -> None:
         == "Test CPU with AVX2 (2 threads, cpu), PyTorch 2.13.0, 2026-01-02, commit abcdef0"
     )
     text = table.measured_on(MACHINE | {"warning": "the machine is busy"}, COMMIT | {"dirty": True})
-    assert "abcdef0 with changes" in text and "not to be trusted: the machine is busy" in text
+    assert "abcdef0 with changes" in text and "warned at the start: the machine is busy" in text
 
 
 def test_the_overview_holds_both_passes_of_every_variant() -> None:
