@@ -13,6 +13,7 @@ from benchmarks.table import by_variant, in_overview
 from mvat.files import replacing
 
 THROUGHPUT = "throughput.png"
+_COLOURS = {"eager": "C7", "fused": "C3", "compile": "C0", "stock": "C1", "onnxruntime": "C2", "manner": "C4"}
 
 
 def planned(rows: Sequence[Row]) -> list[str]:
@@ -87,31 +88,35 @@ def _bars(axes: Any, rows: Sequence[Row], value: Callable[[Row], float], title: 
 
 def _case(row: Row) -> str:
     places = " ".join(str(row.shape[key]) for key in ("stage", "place") if key in row.shape)
-    return f"{row.op} {places}, B {row.shape['B']}, {row.dtype} {row.pass_name}"
+    name = f"{row.op} {places}" if row.audio_seconds else places  # models and steps share a picture
+    return f"{name}, B {row.shape['B']}, {row.dtype} {row.pass_name}"
 
 
 def _lengths(time: Any, memory: Any, rows: Sequence[Row]) -> None:
-    """Time and memory against length with one clip, a line for each variant, place and pass that has two points."""
+    """Time and memory of one clip against its length, backward included: a line a variant and longest feature."""
     key = "seconds" if "seconds" in rows[0].shape else "T"
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.shape.get("B") == 1:
-            rest = " ".join(str(v) for k, v in row.shape.items() if k not in ("B", key))
-            lines.setdefault(f"{row.variant} {rest} {row.pass_name}", []).append(row)
-    for label, line in lines.items():
-        line.sort(key=lambda row: row.shape[key])
-        if len(line) > 1:
-            lengths = [row.shape[key] for row in line]
-            time.loglog(lengths, [1e3 * row.median for row in line], marker="o", markersize=3, label=label)
-            memory.loglog(lengths, [max(row.peak_extra or 0, 1) / 1e6 for row in line], marker="o", markersize=3)
-    for axes, what in ((time, "milliseconds, one clip"), (memory, "peak extra memory in MB, one clip")):
+    last = "forward+backward" if any(row.pass_name == "forward+backward" for row in rows) else rows[0].pass_name
+    alone = [row for row in rows if row.shape["B"] == 1 and row.pass_name == last]
+    longest: dict[str, Row] = {}
+    for row in alone:
+        preset = row.shape["place"].split()[0]
+        longest[preset] = max(longest.get(preset, row), row, key=lambda row: row.shape[key])
+    for style, (preset, longest_row) in zip(("-", "--", ":"), longest.items(), strict=False):
+        for variant, colour in _colours(alone):
+            line = [r for r in alone if r.variant == variant and r.shape["place"] == longest_row.shape["place"]]
+            line.sort(key=lambda row: row.shape[key])
+            if len(line) > 1:
+                lengths, look = [row.shape[key] for row in line], {"color": colour, "linestyle": style, "marker": "o"}
+                time.loglog(lengths, [1e3 * row.median for row in line], label=f"{variant}, {preset}", **look)
+                memory.loglog(lengths, [max(row.peak_extra or 0, 1) / 1e6 for row in line], **look)
+    for axes, what in ((time, "milliseconds"), (memory, "peak extra memory in MB")):
         axes.set_xlabel("length in seconds" if key == "seconds" else "length in samples")
-        axes.set_title(what, fontsize=10)
+        axes.set_title(f"{what}, one clip, {last}", fontsize=10)
     if time.lines:
-        time.legend(fontsize=5)
+        time.legend(fontsize=7)
 
 
 def _colours(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """A colour for each variant, in fixed order."""
-    for i, variant in enumerate(by_variant(rows)):
-        yield variant, f"C{i}"
+    """The variants' colours, the same in every picture."""
+    for variant in by_variant(rows):
+        yield variant, _COLOURS.get(variant, "C5")

@@ -85,7 +85,7 @@ def _case(row: Row) -> str:
 def _both(rows: Sequence[Row]) -> str:
     """The cell of one variant: what its passes took."""
     ran = sorted((row for row in rows if row.status != "absent"), key=lambda row: _PASSES.index(row.pass_name))
-    return " / ".join(f"{1e3 * r.median:.3g}" if r.status == "timed" else _SHORT[r.status] for r in ran) or "–"
+    return " / ".join(_digits(1e3 * r.median) if r.status == "timed" else _SHORT[r.status] for r in ran) or "–"
 
 
 def by_variant(rows: Sequence[Row]) -> list[str]:
@@ -104,4 +104,9 @@ def cell(row: Row | None, eager: Row | None) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{_digits(1e3 * seconds)} ms" if seconds < 1 else f"{_digits(seconds)} s"
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
