@@ -86,7 +86,7 @@ def global_attention(
     check_parameter(op, "w_o", w_o, (segment_len, width), x)
     if use_fused(op, x):
         with torch.autocast(x.device.type, enabled=False):
-            a, m = absorb(*(w.to(x.dtype) for w in (w_q, w_k, w_v, w_o)), heads)
+            a, m = absorb(w_q.to(x.dtype), w_k.to(x.dtype), w_v.to(x.dtype), w_o.to(x.dtype), heads)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, m))
         return torch.ops.mvat.global_attention(x, a, m, segment_len, keep)[0]
     return global_attention_reference(x, w_q, w_k, w_v, w_o, heads, segment_len)
