@@ -27,7 +27,8 @@ test: venv
 	@echo '$(BIN)/python -m benchmarks --quick'; $(BIN)/python -m benchmarks --quick >/dev/null
 	$(BIN)/pytest -q
 
-# In 40 minutes: no case begins after 38. The results become files; the pages and README's tables follow them, also where a row made the run fail.
+# In 40 minutes: no case begins after 38. The results become files; the pages and README's tables follow them, also where a
+# row made the run fail.
 bench bench-kernels: venv
 	status=0; $(BIN)/python -m benchmarks --seconds 2280 $(if $(filter bench-kernels,$@),--kernels) || status=$$?; \
 		$(BIN)/python -m benchmarks.publish && exit $$status

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.manner is not None and not (options.manner / "src" / "models.py").is_file():
         parser.error(f"--manner: {options.manner} is no checkout of MANNER's repository: it has no src/models.py")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     torch.set_num_threads(torch.get_num_threads())  # fixed from here on
     settings = Settings(device, options.quick, options.manner, not options.no_compile)
     names = (options.only,) if options.only else KERNELS if options.kernels else KERNELS + WHOLE

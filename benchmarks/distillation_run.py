@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.shapes import build
-from benchmarks.steps import step
+from benchmarks.steps import add_arguments, step
 from mvat.files import write_text
 from mvat.kernels import use_backend
 from train.synthetic import make_pair
@@ -38,7 +38,7 @@ def clips(batch: int, seconds: float, device: str) -> Iterator[tuple[Tensor, Ten
 
 def train(student: str, teacher: str, batch: int, seconds: float, minutes: float, backend: str) -> dict[str, Any]:
     """Steps for some minutes on one back end: steps a second after the first three, and the losses."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     losses: list[float] = []
     with use_backend(backend):
         run = step(build(student).to(device), build(teacher).to(device))
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distillation_run", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the JSON file to write")
-    parser.add_argument("--student", default="s-8.1gf", help="preset (default: %(default)s)")
-    parser.add_argument("--teacher", default="base", help="preset (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="clips (default: %(default)s)")
+    add_arguments(parser, batch=8)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a clip (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=1.0, help="on each back end (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [train(*shape, backend) for backend in ("auto", "eager")]
     common = min(run["steps"] for run in runs)
     ours, plain = (np.array(run["losses"][:common]) for run in runs)
-    info = machine.machine_info("cuda" if torch.cuda.is_available() else "cpu")
+    info = machine.machine_info(machine.device())
     content = {
         "machine_info": info,
         "commit_info": machine.commit_info(),

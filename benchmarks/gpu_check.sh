@@ -24,10 +24,12 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   exit 2
 fi
 
-# part SECONDS LOG COMMAND...: run it within a time, its output in OUTDIR/LOG.
+# part SECONDS LOG COMMAND...: run it within a time, and within what is left of nine minutes; its output goes to OUTDIR/LOG.
 part() {
-  local seconds=$1 log=$2 started=$SECONDS status
+  local seconds=$1 log=$2 started=$SECONDS left=$((535 - SECONDS)) status
   shift 2
+  [ "$left" -gt 0 ] || { echo "== $log: no time left"; failed="$failed $log"; return; }
+  [ "$seconds" -le "$left" ] || seconds=$left
   timeout "$seconds" "$@" >"$out/$log" 2>&1
   status=$?
   tail -n 3 "$out/$log"

@@ -17,6 +17,11 @@ _REPOSITORY = Path(__file__).parents[1]
 _PACKAGES = ("torch", "numpy", "triton", "onnxruntime")
 
 
+def device() -> str:
+    """What is measured here: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def machine_info(device: str) -> dict[str, Any]:
     """Models, versions, threads, date."""
     return {

@@ -54,8 +54,9 @@ def newest(folder: Path) -> dict[str, Measured]:
     return found
 
 
-def page(name: str, measured: dict[str, Measured], pictures: Sequence[str]) -> str:
+def page(name: str, measured: dict[str, Measured]) -> str:
     """A machine's page: all rows of every op, and the pictures."""
+    pictures = plots.planned(_all(measured))
     parts = [
         f"# {name}\n\n"
         "Made by `python -m benchmarks.publish` from the JSON files in this folder; `make bench` measures again. A "
@@ -74,29 +75,27 @@ def block(machines: dict[str, dict[str, Measured]]) -> str:
     """README's part: one table a machine, and a plain word where no GPU was measured."""
     parts = []
     for name, measured in machines.items():
-        latest = max((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
-        rows = _all(measured)
+        runs = sorted((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
+        commits = dict.fromkeys(commit["id"] for _, commit in runs)
+        warned = sum(bool(info.get("warning")) for info, _ in runs)
         parts.append(
-            f"{table.measured_on(*latest)}. Milliseconds, medians of interleaved samples, "
-            f"forward / forward and backward; [all rows and pictures](benchmarks/results/{name}/README.md).\n\n"
-            + table.overview(rows)
+            f"{table.measured_on(*runs[-1])}; the {len(runs)} runs it is made of are of the commits "
+            f"{', '.join(commits)}, {warned} of them began with a warning. Milliseconds, medians of interleaved "
+            "samples, forward / forward and backward; "
+            f"[all rows, runs and pictures](benchmarks/results/{name}/README.md).\n\n" + table.overview(_all(measured))
         )
     if not any(info["gpu"] for measured in machines.values() for one in measured.values() for info, _ in one.runs):
         parts.append("GPU: not measured on a GPU yet.\n")
     return "\n".join(parts)
 
 
-def pages(folder: Path, readme: Path) -> dict[Path, str]:
+def pages(machines: dict[str, dict[str, Measured]], folder: Path, readme: Path) -> dict[Path, str]:
     """What every page should hold: the machines' and README.
 
     Raises:
-        ValueError: if a results file is malformed, or README has no place for the tables.
+        ValueError: if README has no place for the tables.
     """
-    machines = {path.name: newest(path) for path in sorted(folder.iterdir()) if any(path.glob("*.json"))}
-    made = {}
-    for name, measured in machines.items():
-        pictures = sorted(plots.planned(_all(measured)))
-        made[folder / name / "README.md"] = page(name, measured, pictures)
+    made = {folder / name / "README.md": page(name, measured) for name, measured in machines.items()}
     text, count = _BLOCK.subn(lambda m: m[1] + block(machines) + m[2], readme.read_text(encoding="utf-8"))
     if not count:
         raise ValueError(f"{readme}: has no {_REST} for the tables")
@@ -115,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=_README, help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        made = pages(options.results, options.readme)
+        folders = [path for path in sorted(options.results.iterdir()) if any(path.glob("*.json"))]
+        machines = {path.name: newest(path) for path in folders}
+        made = pages(machines, options.results, options.readme)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -127,9 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in stale:
         write_text(path, made[path])
         print(path)
-    for path in made:
-        if path != options.readme:
-            plots.draw(_all(newest(path.parent)), path.parent)
+    for name, measured in machines.items():
+        plots.draw(_all(measured), options.results / name)
     return 0
 
 

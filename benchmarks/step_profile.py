@@ -1,6 +1,6 @@
 """python -m benchmarks.step_profile OUT.txt: one distillation step op by op, on the eager and on the fused back end.
 
-Writes the profiler's table of each back end, the costliest ops first, and prints how long a step took.
+Writes the profiler's table of each back end, the costliest ops first.
 """
 
 import argparse
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import machine
 from benchmarks.shapes import build
-from benchmarks.steps import audio, step
+from benchmarks.steps import add_arguments, audio, step
 from mvat.files import write_text
 from mvat.kernels import use_backend
 
@@ -40,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_profile", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the text file to write")
-    parser.add_argument("--student", default="s-8.1gf", help="preset (default: %(default)s)")
-    parser.add_argument("--teacher", default="base", help="preset (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="clips (default: %(default)s)")
+    add_arguments(parser, batch=4)
     parser.add_argument("--samples", type=int, default=64_000, help="of a clip (default: %(default)s)")
     options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     shape = options.student, options.teacher, options.batch, options.samples
     write_text(options.out, "\n".join(profiled(*shape, backend, device) for backend in ("eager", "auto")))
     print(options.out)

@@ -1,5 +1,6 @@
 """A step of training: forward, loss, backward, Adam; alone, or learning from a teacher."""
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,13 @@ def step(student: Manner, teacher: Manner | None, forward: Callable[..., object]
         return [loss.detach(), *(p.grad for p in student.parameters() if p.grad is not None)]
 
     return once
+
+
+def add_arguments(parser: argparse.ArgumentParser, batch: int) -> None:
+    """Options of a command that distils: student, teacher and clips at once, `batch` by default."""
+    parser.add_argument("--student", default="s-8.1gf", help="preset (default: %(default)s)")
+    parser.add_argument("--teacher", default="base", help="preset (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=batch, help="clips (default: %(default)s)")
 
 
 def audio(batch: int, samples: int) -> list[Tensor]:

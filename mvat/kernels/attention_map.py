@@ -63,7 +63,7 @@ register("attention_map", native.supports("attention_map", ("cpu", "cuda")))
 
 
 def _fake(x, p):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = native.wide(x.dtype)
     return x.new_empty((x.shape[0], x.shape[2]), dtype=wide)
 
 
@@ -76,8 +76,4 @@ def _backward(ctx, grad):
     return torch.ops.mvat.attention_map_backward(grad, *ctx.saved_tensors, ctx.p), None
 
 
-if native.missing("attention_map") is None:
-    torch.library.register_fake("mvat::attention_map", _fake)
-    torch.library.register_fake("mvat::attention_map_backward", lambda grad, x, p: x.new_empty(x.shape))
-    torch.library.register_autograd("mvat::attention_map", _backward, setup_context=_setup_context)
-    native.refuse_second_backward("attention_map")
+native.complete("attention_map", _fake, lambda grad, x, p: x.new_empty(x.shape), _setup_context, _backward)

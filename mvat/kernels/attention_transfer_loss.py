@@ -161,7 +161,7 @@ register("attention_transfer_loss", native.supports("attention_transfer_loss", (
 
 
 def _fake(student, teacher, p, paper):
-    wide = torch.float64 if student[0].dtype == torch.float64 else torch.float32
+    wide = native.wide(student[0].dtype)
     clips = sum(x.shape[0] for x in student)
     samples = sum(x.shape[0] * x.shape[-1] for x in student)
     return tuple(student[0].new_empty(shape, dtype=wide) for shape in ((len(student),), (2 * samples,), (clips, 4)))
@@ -189,11 +189,10 @@ def _backward(ctx, grad, *_):
     return gradients, [None] * len(gradients), None, None
 
 
-if native.missing("attention_transfer_loss") is None:
-    torch.library.register_fake("mvat::attention_transfer_loss", _fake)
-    torch.library.register_fake(
-        "mvat::attention_transfer_loss_backward",
-        lambda grad, student, maps, scalars, p, paper: [x.new_empty(x.shape) for x in student],
-    )
-    torch.library.register_autograd("mvat::attention_transfer_loss", _backward, setup_context=_setup_context)
-    native.refuse_second_backward("attention_transfer_loss")
+native.complete(
+    "attention_transfer_loss",
+    _fake,
+    lambda grad, student, maps, scalars, p, paper: [x.new_empty(x.shape) for x in student],
+    _setup_context,
+    _backward,
+)

@@ -70,7 +70,7 @@ def channel_attention(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weigh
     if n == 0 or x.shape[2] == 0:
         raise ValueError(f"{op}: x must have at least one channel and one sample in time, got shape {list(x.shape)}")
     if use_fused(op, x):
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = native.wide(x.dtype)
         parameters = (p if p.dtype == wide else p.to(wide) for p in (fc1_weight, fc1_bias, fc2_weight, fc2_bias))
         return torch.ops.mvat.channel_attention(x, *parameters)[0]
     return channel_attention_reference(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
@@ -108,8 +108,4 @@ def _fake_backward(grad, x, gate, pooled, index, weight1, bias1, weight2):
     return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
 
 
-if native.missing("channel_attention") is None:
-    torch.library.register_fake("mvat::channel_attention", _fake)
-    torch.library.register_fake("mvat::channel_attention_backward", _fake_backward)
-    torch.library.register_autograd("mvat::channel_attention", _backward, setup_context=_setup_context)
-    native.refuse_second_backward("channel_attention")
+native.complete("channel_attention", _fake, _fake_backward, _setup_context, _backward)

@@ -124,11 +124,10 @@ def _backward(ctx, grad, *_):
     return *torch.ops.mvat.global_attention_backward(grad, *ctx.saved_tensors, ctx.segment_len), None, None
 
 
-if native.missing("global_attention") is None:
-    torch.library.register_fake("mvat::global_attention", _fake)
-    torch.library.register_fake(
-        "mvat::global_attention_backward",
-        lambda grad, x, a, m, softmax, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
-    )
-    torch.library.register_autograd("mvat::global_attention", _backward, setup_context=_setup_context)
-    native.refuse_second_backward("global_attention")
+native.complete(
+    "global_attention",
+    _fake,
+    lambda grad, x, a, m, softmax, mixed, segment_len: tuple(t.new_empty(t.shape) for t in (x, a, m)),
+    _setup_context,
+    _backward,
+)

@@ -121,7 +121,7 @@ def _fused(
     x: Tensor, depthwise: Tensor, norm1: Norm, conv: Tensor, norm2: Norm, segment_len: int, training: bool
 ) -> Tensor:
     # The operator leaves every input as it is; the running statistics are moved here.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = native.wide(x.dtype)
     first, second = ([value.to(wide) for value in norm[:4]] for norm in (norm1, norm2))
     y, attention, _, _, statistics = torch.ops.mvat.local_attention(
         x, depthwise.to(wide), *first, conv.to(wide), *second, segment_len, norm1.eps, norm2.eps, training
@@ -173,8 +173,4 @@ def _fake_backward(grad, x, depthwise, weight1, bias1, conv, weight2, *_):
     return x.new_empty(x.shape), *(weight1.new_empty(shape) for shape in shapes)
 
 
-if native.missing("local_attention") is None:
-    torch.library.register_fake("mvat::local_attention", _fake)
-    torch.library.register_fake("mvat::local_attention_backward", _fake_backward)
-    torch.library.register_autograd("mvat::local_attention", _backward, setup_context=_setup_context)
-    native.refuse_second_backward("local_attention")
+native.complete("local_attention", _fake, _fake_backward, _setup_context, _backward)

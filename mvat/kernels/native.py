@@ -3,10 +3,13 @@
 import importlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from mvat.kernels.backend import NOT_WRITTEN
+
+Function = Callable[..., Any]
 
 #: The features' dtypes that the operators take.
 _DTYPES = {
@@ -64,13 +67,28 @@ def supports(operator: str, devices: tuple[str, ...]) -> Callable[[str, torch.dt
     return answer
 
 
-def refuse_second_backward(operator: str) -> None:
-    """Make a second derivative an error: without a formula autograd only warns that it may be wrong."""
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums, parameters and statistics beside features of this dtype are kept in; csrc/schemas.cpp's word."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
-    def backward(ctx, *grads):
+
+def complete(
+    operator: str, fake: Function, fake_backward: Function, setup_context: Function, backward: Function
+) -> None:
+    """Complete an operator, and its `_backward`, where they are there: outputs without values, and the gradient.
+
+    A second derivative becomes an error: without a formula autograd only warns that it may be wrong.
+    """
+    if missing(operator) is not None:
+        return
+
+    def second_backward(ctx, *grads):
         raise RuntimeError(
             f"{operator}: a second derivative is not supported by the fused kernel; "
             "use mvat.kernels.use_backend('eager')"
         )
 
-    torch.library.register_autograd(f"mvat::{operator}_backward", backward)
+    torch.library.register_fake(f"mvat::{operator}", fake)
+    torch.library.register_fake(f"mvat::{operator}_backward", fake_backward)
+    torch.library.register_autograd(f"mvat::{operator}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"mvat::{operator}_backward", second_backward)
