@@ -79,9 +79,9 @@ def block(machines: dict[str, dict[str, Measured]]) -> str:
         commits = dict.fromkeys(commit["id"] for _, commit in runs)
         warned = sum(bool(info.get("warning")) for info, _ in runs)
         parts.append(
-            f"{table.measured_on(*runs[-1])}; the {len(runs)} runs it is made of are of the commits "
-            f"{', '.join(commits)}, {warned} of them began with a warning. Milliseconds, medians of interleaved "
-            "samples, forward / forward and backward; "
+            f"{table.measured_on(*runs[-1])} (the latest). Runs: {len(runs)}, of {', '.join(commits)}; "
+            f"begun with a warning: {warned}. "
+            "Milliseconds, medians of interleaved samples, forward / forward and backward; "
             f"[all rows, runs and pictures](benchmarks/results/{name}/README.md).\n\n" + table.overview(_all(measured))
         )
     if not any(info["gpu"] for measured in machines.values() for one in measured.values() for info, _ in one.runs):
