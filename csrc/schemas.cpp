@@ -41,4 +41,16 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   // -> gradients of x, a, m.
   m.def("global_attention_backward(Tensor grad, Tensor x, Tensor a, Tensor m, Tensor softmax, Tensor mixed, int segment_len)"
         " -> (Tensor, Tensor, Tensor)");
+
+  // y = conv(act(norm(x))) with the norm's four tensors [C] or none, all in the dtype of x; activation counts through ACTIVATIONS
+  // (norm_act_conv.py). `training`: mean and var are those of x itself, and its gradient goes through them.
+  // -> (y; statistics [2, out]: mean and biased variance of y over batch and time, or [0, out] unless wanted).
+  m.def("norm_act_conv(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor weight, Tensor? bias,"
+        " float eps, int activation, int stride, int padding, int groups, bool transposed, bool training, bool statistics)"
+        " -> (Tensor, Tensor)");
+  // -> (gradient dz behind the norm; sums [2, C] of dz and of dz x^, x^ = (x - mean) / sqrt(var + eps); gradients of weight and
+  //     of bias, the latter [0] where there is none).
+  m.def("norm_act_conv_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var,"
+        " Tensor weight, bool has_bias, float eps, int activation, int stride, int padding, int groups, bool transposed)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
 }
