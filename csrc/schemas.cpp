@@ -53,4 +53,18 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   m.def("norm_act_conv_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var,"
         " Tensor weight, bool has_bias, float eps, int activation, int stride, int padding, int groups, bool transposed)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // y = act(norm(x) + norm(shortcut)); a norm's four tensors [C] or none, a shortcut or none.
+  m.def("norm_act(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor? shortcut,"
+        " Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean, Tensor? shortcut_var, float eps,"
+        " float shortcut_eps, int activation, bool training) -> Tensor");
+  // -> (gradient dz behind both norms; sums as norm_act_conv_backward's for x, and for the shortcut or [0, C]).
+  m.def("norm_act_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var,"
+        " Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean, Tensor? shortcut_var, float eps,"
+        " float shortcut_eps, int activation) -> (Tensor, Tensor, Tensor)");
+  // -> [2, C], mean and biased variance of x over batch and time.
+  m.def("batch_statistics(Tensor x) -> Tensor");
+  // The gradient of a norm's input from the one behind it; count: samples a channel that the sums [2, C] are of.
+  m.def("norm_gradient(Tensor dz, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor sums, float eps, float count,"
+        " bool training) -> Tensor");
 }

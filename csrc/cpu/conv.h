@@ -6,7 +6,10 @@
 // and a transposed convolution has the phases in its output:
 //     y[S v + q - p] = sum over j of W[S j + q] x[v - j]
 // Each of the two is the other's gradient, with the weight's input and output exchanged. The weight's own gradient is the
-// product of both panels' rows over time, which needs no transposition: time stays in the lanes and is summed at the end.
+// product of both panels' rows over time: with few channels time stays in the lanes and is summed at the end, with many the
+// input's panel is transposed, so that its channels lie in the lanes.
+//
+// Weights are packed here: [kernel][out][in].
 #pragma once
 
 #include <algorithm>
@@ -20,7 +23,6 @@ struct Conv {
   int64_t in, out;                    // channels of a group
   int64_t kernel, stride, padding;
   bool transposed;
-  int64_t w_out, w_in;                // strides of the weight's channels; its taps lie side by side
   int64_t length_in, length_out;
 
   int64_t taps() const { return (kernel + stride - 1) / stride; }
@@ -32,7 +34,8 @@ struct Conv {
   // Where in the panel a product at column 0 reads tap j; where in the signal the panel of the tile at column t begins.
   int64_t offset(int64_t j) const { return transposed ? taps() - 1 - j : j; }
   int64_t start(int64_t t) const { return transposed ? t - (taps() - 1) : stride * t - padding; }
-  Conv gradient() const { return {out, in, kernel, stride, padding, !transposed, w_in, w_out, length_out, length_in}; }
+  int64_t weight_size() const { return kernel * out * in; }
+  Conv gradient() const { return {out, in, kernel, stride, padding, !transposed, length_out, length_in}; }
 };
 
 // A row's distance to the next one: an odd number of cache lines, so that rows do not fall on the same lines of a cache.
@@ -92,8 +95,8 @@ MVAT_INLINE void multiply_block(const Conv& conv, const T* weight, const T* pane
     for (int64_t r = 0; r < phases; r++) {
       const int64_t k = conv.stride * j + r + phase_out;
       if (k >= conv.kernel) break;
-      multiply_add<T, L, NV, MR>(acc, panel + (r * conv.in + c0) * row + conv.offset(j), row, weight + c0 * conv.w_in + k,
-                                 conv.w_out, conv.w_in, c1 - c0);
+      multiply_add<T, L, NV, MR>(acc, panel + (r * conv.in + c0) * row + conv.offset(j), row,
+                                 weight + k * conv.out * conv.in + c0, conv.in, 1, c1 - c0);
     }
 }
 
@@ -120,17 +123,17 @@ MVAT_INLINE void product_columns(const Conv& conv, const T* weight, const T* bia
   for (int64_t q = 0; q < conv.phases_out(); q++, out += conv.out * out_row) {
     int64_t o = 0;
     for (; o + MR <= conv.out; o += MR)
-      product_rows<T, L, NV, MR>(conv, weight + o * conv.w_out, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, MR>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
                                  out + o * out_row, out_row);
     if constexpr (MR > 4)
       for (; o + 4 <= conv.out; o += 4)
-        product_rows<T, L, NV, 4>(conv, weight + o * conv.w_out, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+        product_rows<T, L, NV, 4>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
                                   out + o * out_row, out_row);
     for (; o + 2 <= conv.out; o += 2)
-      product_rows<T, L, NV, 2>(conv, weight + o * conv.w_out, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, 2>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
                                 out + o * out_row, out_row);
     for (; o < conv.out; o++)
-      product_rows<T, L, NV, 1>(conv, weight + o * conv.w_out, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, 1>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
                                 out + o * out_row, out_row);
   }
 }
@@ -180,26 +183,84 @@ MVAT_INLINE void dot_rows(const T* a, int64_t a_row, const T* b, int64_t b_row, 
   for (; c < count_b; c++) dot_block<T, L, MR, 1>(a, a_row, b + c * b_row, b_row, columns, out + c * out_b, out_a, out_b);
 }
 
-// d_weight += the products of the output's gradient, rows (phase, channel), with the input's panel.
-template <typename T, int L, int MR>
-MVAT_INLINE void dot(const Conv& conv, const T* grad, int64_t grad_row, const T* panel, int64_t panel_row, int64_t columns,
-                     T* d_weight) {
-  for (int64_t j = 0; j < conv.taps(); j++)
-    for (int64_t phase = 0; phase < conv.stride; phase++) {
-      const int64_t k = conv.stride * j + phase;
-      if (k >= conv.kernel) break;
-      const T* a = grad + (conv.transposed ? phase * conv.out : 0) * grad_row;
-      const T* b = panel + (conv.transposed ? 0 : phase * conv.in) * panel_row + conv.offset(j);
-      T* out = d_weight + k;
-      int64_t o = 0;
-      for (; o + MR <= conv.out; o += MR)
-        dot_rows<T, L, MR>(a + o * grad_row, grad_row, b, panel_row, conv.in, columns, out + o * conv.w_out, conv.w_out, conv.w_in);
-      if constexpr (MR > 4)
-        for (; o + 4 <= conv.out; o += 4)
-          dot_rows<T, L, 4>(a + o * grad_row, grad_row, b, panel_row, conv.in, columns, out + o * conv.w_out, conv.w_out, conv.w_in);
-      for (; o < conv.out; o++)
-        dot_rows<T, L, 1>(a + o * grad_row, grad_row, b, panel_row, conv.in, columns, out + o * conv.w_out, conv.w_out, conv.w_in);
+// to [columns][in] from [in][columns], whole blocks of L by L.
+template <typename T, int L>
+MVAT_INLINE void transpose(const T* from, int64_t row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  using V = typename Simd<T, L>::Vector;
+  using I = typename Simd<T, L>::Integers;
+  for (int64_t c = 0; c < rows; c += L)
+    for (int64_t t = 0; t < columns; t += L) {
+      V v[L];
+      MVAT_UNROLL for (int i = 0; i < L; i++) v[i] = *(const typename Simd<T, L>::Memory*)(from + (c + i) * row + t + 0);
+      // Rows i and i + s exchange their off-diagonal blocks of s lanes.
+      MVAT_UNROLL for (int s = L / 2; s > 0; s /= 2) {
+        I low, high;
+        MVAT_UNROLL for (int l = 0; l < L; l++) {
+          low[l] = l & s ? L + l - s : l;
+          high[l] = l & s ? L + l : l + s;
+        }
+        MVAT_UNROLL for (int i = 0; i < L; i++)
+          if (!(i & s)) {
+            const V a = v[i], b = v[i + s];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + s] = __builtin_shuffle(a, b, high);
+          }
+      }
+      MVAT_UNROLL for (int i = 0; i < L; i++) *(typename Simd<T, L>::Memory*)(to + (t + i) * to_row + c) = v[i];
     }
+}
+
+template <typename T, int L, int NV, int MR>
+MVAT_INLINE void outer_rows(const T* grad, int64_t grad_row, const T* panel, int64_t panel_row, int64_t columns, int64_t in, T* out,
+                            int64_t out_row) {
+  for (int64_t c = 0; c < in; c += NV * L) {
+    typename Simd<T, L>::Vector acc[MR][NV] = {};
+    multiply_add<T, L, NV, MR>(acc, panel + c, panel_row, grad, grad_row, 1, columns);
+    MVAT_UNROLL for (int r = 0; r < MR; r++)
+      MVAT_UNROLL for (int v = 0; v < NV; v++)
+        if (c + v * L < in) {
+          T* to = out + r * out_row + c + v * L;
+          store_lanes<T, L>(load_lanes<T, L>(to, in - c - v * L) + acc[r][v], to, in - c - v * L);
+        }
+  }
+}
+
+// Channels from which on it pays to transpose the panel.
+constexpr int64_t kTransposed = 32;
+
+// d_weight += the products of the output's gradient, rows (phase, channel), with the input's panel; `turned` has room for the
+// panel's transpose, its rows and columns rounded up to blocks.
+template <typename T, int L, int NV, int MR>
+MVAT_INLINE void weight_gradient(const Conv& conv, const T* grad, int64_t grad_row, const T* panel, int64_t panel_row,
+                                 int64_t columns, T* turned, T* d_weight) {
+  const bool transposed = conv.in >= kTransposed;
+  const int64_t turned_row = whole<NV * L>(conv.in) + L;
+  for (int64_t phase = 0; phase < conv.stride; phase++) {
+    const T* b = panel + (conv.transposed ? 0 : phase * conv.in) * panel_row;
+    if (transposed && (phase == 0 || !conv.transposed))
+      transpose<T, L>(b, panel_row, whole<L>(conv.in), whole<L>(columns + conv.taps() - 1), turned, turned_row);
+    const T* a = grad + (conv.transposed ? phase * conv.out : 0) * grad_row;
+    for (int64_t j = 0; conv.stride * j + phase < conv.kernel; j++) {
+      T* out = d_weight + (conv.stride * j + phase) * conv.out * conv.in;
+      int64_t o = 0;
+      if (transposed) {
+        const T* rows = turned + conv.offset(j) * turned_row;
+        for (; o + MR <= conv.out; o += MR)
+          outer_rows<T, L, NV, MR>(a + o * grad_row, grad_row, rows, turned_row, columns, conv.in, out + o * conv.in, conv.in);
+        for (; o < conv.out; o++)
+          outer_rows<T, L, NV, 1>(a + o * grad_row, grad_row, rows, turned_row, columns, conv.in, out + o * conv.in, conv.in);
+      } else {
+        const T* rows = b + conv.offset(j);
+        for (; o + MR <= conv.out; o += MR)
+          dot_rows<T, L, MR>(a + o * grad_row, grad_row, rows, panel_row, conv.in, columns, out + o * conv.in, conv.in, 1);
+        if constexpr (MR > 4)
+          for (; o + 4 <= conv.out; o += 4)
+            dot_rows<T, L, 4>(a + o * grad_row, grad_row, rows, panel_row, conv.in, columns, out + o * conv.in, conv.in, 1);
+        for (; o < conv.out; o++)
+          dot_rows<T, L, 1>(a + o * grad_row, grad_row, rows, panel_row, conv.in, columns, out + o * conv.in, conv.in, 1);
+      }
+    }
+  }
 }
 
 // Contiguous samples to rows of phases: to[r][i] = from[stride i + r], and back.

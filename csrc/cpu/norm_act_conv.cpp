@@ -16,6 +16,7 @@ using torch::stable::Tensor;
 namespace {
 
 using namespace mvat;
+using conv::Conv;
 using norm_act_conv::Stage;
 
 template <typename T>
@@ -82,7 +83,6 @@ Stage<T> stage(const Tensor& x, const std::vector<NormRow<T>>& norm, const Tenso
   const int64_t kernel = weight.size(2), per_group = (a.activation == kGlu ? x.size(1) / 2 : x.size(1)) / a.groups;
   Stage<T> s{};
   s.conv = {per_group, channels_out(weight, a) / a.groups, kernel, a.stride, a.padding, a.transposed,
-            a.transposed ? kernel : per_group * kernel, a.transposed ? weight.size(1) * kernel : kernel,
             x.size(2), length_out(x, weight, a)};
   s.groups = a.groups;
   s.channels = x.size(1);
@@ -96,18 +96,67 @@ Stage<T> stage(const Tensor& x, const std::vector<NormRow<T>>& norm, const Tenso
   s.columns = (columns + kernels.block - 1) / kernels.block * kernels.block;
   s.x = features<T>(x);
   s.norm = norm.data();
-  s.weight = weight.const_data_ptr<T>();
   s.panel_row = conv::row_size<T>(s.width() + kernels.block);
   s.out_row = conv::row_size<T>(s.columns);
   s.grad_row = s.panel_row;
   return s;
 }
 
+// Weights [groups * out, in, kernel], or [groups * in, out, kernel] if transposed, as one array and as packed ones:
+// [groups][kernel][out][in], or for the gradient with out and in exchanged. Packing is a copy where both are the same.
+template <typename T>
+struct Packed {
+  int64_t groups, out, in, kernel, step_out, step_in;  // the steps of the array's channels
+
+  Packed(const Conv& conv, int64_t groups)
+      : groups(groups), out(conv.out), in(conv.in), kernel(conv.kernel),
+        step_out(conv.transposed ? kernel : conv.in * kernel), step_in(conv.transposed ? conv.out * kernel : kernel) {}
+
+  void pack(const T* from, bool gradient, T* to) const {
+    const int64_t rows = gradient ? in : out, row = gradient ? out : in, step_row = gradient ? step_in : step_out;
+    const int64_t step = gradient ? step_out : step_in;
+    constexpr int64_t kBlock = 16;  // both arrays' cache lines are used up before they are lost
+    const int64_t blocks = (rows + kBlock - 1) / kBlock;
+    torch::stable::parallel_for(0, groups * blocks, std::max<int64_t>(1, 65536 / (kBlock * row * kernel)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* source = from + i / blocks * out * in * kernel;
+        T* target = to + i / blocks * out * in * kernel;
+        const int64_t first = i % blocks * kBlock, last = std::min(first + kBlock, rows);
+        for (int64_t c0 = 0; c0 < row; c0 += kBlock)
+          for (int64_t k = 0; k < kernel; k++)
+            for (int64_t r = first; r < last; r++)
+              for (int64_t c = c0; c < std::min(c0 + kBlock, row); c++)
+                target[(k * rows + r) * row + c] = source[r * step_row + c * step + k];
+      }
+    });
+  }
+
+  // The sum of packed arrays, one a task, as [kernel][out][in] into the weight's own order.
+  void unpack_sum(const T* from, int64_t tasks, T* to) const {
+    const int64_t size = groups * out * in * kernel;
+    torch::stable::parallel_for(0, groups * out, std::max<int64_t>(1, 65536 / (in * kernel)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* source = from + i / out * out * in * kernel + i % out * in;
+        T* target = to + i / out * out * in * kernel + i % out * step_out;
+        for (int64_t k = 0; k < kernel; k++)
+          for (int64_t c = 0; c < in; c++) {
+            T total = 0;
+            for (int64_t task = 0; task < tasks; task++) total += source[task * size + k * out * in + c];
+            target[c * step_in + k] = total;
+          }
+      }
+    });
+  }
+};
+
 template <typename T>
 void run_forward(const Tensor& x, const NormTensors& norm, const Tensor& weight, const OptionalTensor& bias, const Arguments& a,
                  Tensor& y, Tensor& statistics) {
   const std::vector<NormRow<T>> rows = norm_rows<T>(norm, x.size(1));
   Stage<T> s = stage(x, rows, weight, a);
+  const Aligned<T> packed(weight.numel());
+  Packed<T>(s.conv, a.groups).pack(weight.const_data_ptr<T>(), false, packed.data);
+  s.weight = packed.data;
   s.bias = bias ? bias->const_data_ptr<T>() : nullptr;
   s.out = new_features<T>(y);
   const bool wanted = statistics.numel() > 0;
@@ -139,6 +188,10 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
                   Tensor& sums, Tensor& d_weight, Tensor& d_bias) {
   const std::vector<NormRow<T>> rows = norm_rows<T>(norm, x.size(1));
   Stage<T> s = stage(x, rows, weight, a);
+  const Packed<T> packing(s.conv, a.groups);
+  const Aligned<T> packed(weight.numel());
+  packing.pack(weight.const_data_ptr<T>(), true, packed.data);
+  s.weight = packed.data;
   s.grad = features<T>(grad);
   s.out = new_features<T>(dz);
   const int64_t tiles = s.tiles(), items = x.size(0) * a.groups * tiles, size = weight.numel(), channels = x.size(1);
@@ -156,11 +209,7 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
     }
   });
   T *to = d_weight.mutable_data_ptr<T>(), *to_bias = d_bias.mutable_data_ptr<T>(), *to_sums = sums.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, size, 65536, [&](int64_t begin, int64_t end) {
-    std::fill(to + begin, to + end, T(0));
-    for (int64_t task = 0; task < tasks; task++)
-      for (int64_t i = begin; i < end; i++) to[i] += weights.data[task * size + i];
-  });
+  packing.unpack_sum(weights.data, tasks, to);
   for (int64_t o = 0; o < d_bias.numel(); o++) {
     double total = 0;
     for (int64_t task = 0; task < tasks; task++) total += biases[task * out + o];

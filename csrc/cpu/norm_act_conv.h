@@ -16,7 +16,7 @@ struct Stage {
   int64_t columns;           // of a tile
   Features<const T> x;
   const NormRow<T>* norm;    // [channels]
-  const T *weight, *bias;
+  const T *weight, *bias;    // packed; backward the gradient's
   Features<T> out;           // y, or backward dz
   Features<const T> grad;    // of y, backward
   int64_t panel_row, out_row, grad_row;
@@ -24,14 +24,15 @@ struct Stage {
   int64_t tiles() const {
     return (std::max(conv.columns(), conv.gradient().columns()) + columns - 1) / columns;
   }
-  int64_t weight_size() const { return conv.in * conv.out * conv.kernel; }
   int64_t width() const { return columns + conv.taps() - 1; }
   int64_t forward_workspace() const {
     return conv.rows_in() * panel_row + conv.rows_out() * out_row + conv.stride * (width() + 64);
   }
   int64_t backward_workspace() const {
     const Conv back = conv.gradient();
-    return conv.rows_in() * panel_row + back.rows_in() * grad_row + back.rows_out() * out_row + 2 * conv.stride * (width() + 64);
+    const int64_t turned = conv.in < conv::kTransposed ? 0 : (width() + 64) * (conv.in + 128);
+    return (conv.rows_in() + 64) * panel_row + back.rows_in() * grad_row + back.rows_out() * out_row +
+           2 * conv.stride * (width() + 64) + turned;
   }
 };
 
@@ -109,7 +110,7 @@ struct Tile {
     const Conv& conv = s.conv;
     T *panel = workspace, *product = panel + conv.rows_in() * s.panel_row, *scratch = product + conv.rows_out() * s.out_row;
     pack(s, b, group, t, panel, scratch);
-    conv::product<T, L, NV, MR>(conv, s.weight + group * s.weight_size(), s.bias ? s.bias + group * conv.out : nullptr, panel,
+    conv::product<T, L, NV, MR>(conv, s.weight + group * s.conv.weight_size(), s.bias ? s.bias + group * conv.out : nullptr, panel,
                                 s.panel_row, s.columns, product, s.out_row);
     for (int64_t o = 0; o < conv.out; o++) {
       int64_t from, count;
@@ -128,14 +129,16 @@ struct Tile {
   MVAT_INLINE void backward(const Stage<T>& s, int64_t b, int64_t group, int64_t t, T* workspace, T* d_weight, double* d_bias,
                             double* sums) {
     const Conv &conv = s.conv, back = conv.gradient();
-    T *panel = workspace, *grad = panel + conv.rows_in() * s.panel_row, *product = grad + back.rows_in() * s.grad_row;
+    T *panel = workspace, *grad = panel + (conv.rows_in() + 64) * s.panel_row, *product = grad + back.rows_in() * s.grad_row;
     T *scratch = product + back.rows_out() * s.out_row, *scratch2 = scratch + conv.stride * (s.width() + 64);
-    const T* weight = s.weight + group * s.weight_size();
+    T* turned = scratch2 + conv.stride * (s.width() + 64);
+    const T* weight = s.weight + group * s.conv.weight_size();
     pack(s, b, group, t, panel, scratch);
     pack_gradient(s, back, b, group, t, grad, scratch);
     // Where the tile's own columns begin in the gradient's panel.
     const T* own = grad + (back.transposed ? back.taps() - 1 : 0);
-    conv::dot<T, L, MR>(conv, own, s.grad_row, panel, s.panel_row, s.columns, d_weight + group * s.weight_size());
+    conv::weight_gradient<T, L, NV, MR>(conv, own, s.grad_row, panel, s.panel_row, s.columns, turned,
+                                        d_weight + group * conv.weight_size());
     if (d_bias)
       for (int64_t o = 0; o < conv.out; o++)
         for (int64_t q = 0; q < conv.phases_out(); q++)
