@@ -154,9 +154,10 @@ void run_forward(const Tensor& x, const NormTensors& norm, const Tensor& weight,
                  Tensor& y, Tensor& statistics) {
   const std::vector<NormRow<T>> rows = norm_rows<T>(norm, x.size(1));
   Stage<T> s = stage(x, rows, weight, a);
-  const Aligned<T> packed(weight.numel());
-  Packed<T>(s.conv, a.groups).pack(weight.const_data_ptr<T>(), false, packed.data);
-  s.weight = packed.data;
+  const bool as_it_is = s.conv.kernel == 1 && !s.conv.transposed;
+  const Aligned<T> packed(as_it_is ? 0 : weight.numel());
+  if (!as_it_is) Packed<T>(s.conv, a.groups).pack(weight.const_data_ptr<T>(), false, packed.data);
+  s.weight = as_it_is ? weight.const_data_ptr<T>() : packed.data;
   s.bias = bias ? bias->const_data_ptr<T>() : nullptr;
   s.out = new_features<T>(y);
   const bool wanted = statistics.numel() > 0;

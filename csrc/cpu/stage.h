@@ -58,7 +58,7 @@ std::vector<NormRow<T>> norm_rows(const NormTensors& norm, int64_t channels) {
 // Items in as many tasks, each a run of neighbours with sums of its own that are added in the tasks' order: the result does not
 // depend on the number of threads.
 inline int64_t tasks_for(int64_t items, int64_t bytes_of_sums) {
-  const int64_t most = std::clamp<int64_t>((int64_t(32) << 20) / std::max<int64_t>(1, bytes_of_sums), 2, 64);
+  const int64_t most = std::clamp<int64_t>((int64_t(16) << 20) / std::max<int64_t>(1, bytes_of_sums), 2, 64);
   return std::min(items, most);
 }
 

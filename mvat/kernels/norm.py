@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvat.kernels import native
 from mvat.kernels.checks import check_parameter
+
+#: A norm as the operators take it: weight, bias, mean and variance [C], or four times None.
+Applied = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Norm(NamedTuple):
@@ -52,3 +57,41 @@ def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
     """x [B, C, ...] normalised over every dimension but C: (x - mean) / sqrt(var + eps) * weight + bias."""
     weight, bias, mean, var, momentum, eps = norm
     return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def applied(norm: Norm | None, x: Tensor, training: bool, statistics: Tensor | None = None) -> Applied:
+    """What a fused operator applies to x [B, C, T]: the running statistics, or in training those of the batch.
+
+    In training the running statistics are moved. `statistics` are x's own, [2, C], where its producer has gathered them.
+
+    Raises:
+        ValueError: in training with a single value a channel, which has no variance.
+    """
+    if norm is None:
+        return None, None, None, None
+    weight, bias, mean, var = (value.to(x.dtype) for value in norm[:4])
+    if not training:
+        return weight, bias, mean, var
+    count = x.shape[0] * x.shape[2]
+    if count == 1:
+        raise ValueError(f"batch norm in training needs more than 1 value per channel, got x {list(x.shape)}")
+    with torch.no_grad():
+        mean, var = torch.ops.mvat.batch_statistics(x) if statistics is None else statistics
+        if count:
+            keep = 1 - norm.momentum
+            norm.running_mean.mul_(keep).add_(mean, alpha=norm.momentum)
+            norm.running_var.mul_(keep).add_(var, alpha=norm.momentum * count / (count - 1))
+    return weight, bias, mean, var
+
+
+def norm_gradient(dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float, training: bool) -> Tensor:
+    """The gradient of x from dz, the one behind the norm, and dz's sums [2, C]: of itself and of dz times normalised x."""
+    weight, _, mean, var = norm
+    if weight is None:
+        return dz
+    return torch.ops.mvat.norm_gradient(dz, x, weight, mean, var, sums, eps, x.shape[0] * x.shape[2], training)
+
+
+if native.missing("norm_gradient") is None:
+    torch.library.register_fake("mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1])))
+    torch.library.register_fake("mvat::norm_gradient", lambda dz, x, *_: x.new_empty(x.shape))

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels import native
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_integer, check_parameter
 from mvat.kernels.depthwise import depthwise_reference
-from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
-
-register("norm_act_conv", not_written)
+from mvat.kernels.norm import Norm, applied, batch_norm_reference, check_norm, norm_gradient
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -109,7 +108,9 @@ def norm_act_conv(
     groups: int = 1,
     transposed: bool = False,
     training: bool = False,
-) -> Tensor:
+    statistics: Tensor | None = None,
+    want_statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """One stage of a chain: normalise and activate the previous stage's raw output, then convolve.
 
     Args:
@@ -120,6 +121,9 @@ def norm_act_conv(
         activation: "identity", "relu", "silu" or "glu" (over channels).
         stride, padding, groups, transposed: as torch.nn.functional.conv1d and conv_transpose1d.
         training: True takes the statistics of the batch and updates norm's running ones in place.
+        statistics: those of x, from the stage that made it; without them x is read once more in training.
+        want_statistics: give (y, statistics): mean and biased variance of y over batch and time, [2, out], for the next
+            stage's norm in training; None where the reference ran, which makes its own.
 
     Returns:
         [B, out, T'], raw.
@@ -153,8 +157,24 @@ def norm_act_conv(
         check_parameter(op, "bias", bias, (out,), x)
     if norm is not None:
         check_norm(op, "norm", norm, x.shape[1], x)
-    use_fused(op, x)
-    return norm_act_conv_reference(
+    if use_fused(op, x):
+        norm = None if norm is None else Norm(*norm)
+        y, gathered = torch.ops.mvat.norm_act_conv(
+            x,
+            *applied(norm, x, training, statistics),
+            weight.to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            0.0 if norm is None else norm.eps,
+            list(ACTIVATIONS).index(activation),
+            stride,
+            padding,
+            groups,
+            transposed,
+            training,
+            want_statistics,
+        )
+        return (y, gathered) if want_statistics else y
+    y = norm_act_conv_reference(
         x,
         weight,
         bias,
@@ -166,6 +186,7 @@ def norm_act_conv(
         transposed=transposed,
         training=training,
     )
+    return (y, None) if want_statistics else y
 
 
 def norm_act(
@@ -176,6 +197,8 @@ def norm_act(
     shortcut: Tensor | None = None,
     shortcut_norm: Norm | None = None,
     training: bool = False,
+    statistics: Tensor | None = None,
+    shortcut_statistics: Tensor | None = None,
 ) -> Tensor:
     """The end of a chain: normalise, add a shortcut (itself normalised where it has a norm), activate.
 
@@ -186,6 +209,7 @@ def norm_act(
         shortcut: [B, C, T] added before the activation, or None.
         shortcut_norm: the shortcut's batch norm, or None.
         training: True takes the statistics of the batch and updates the running ones in place.
+        statistics, shortcut_statistics: those of x and of the shortcut, from the stages that made them.
 
     Returns:
         [B, C, T], or [B, C / 2, T] after GLU.
@@ -201,5 +225,92 @@ def norm_act(
         check_parameter(op, "shortcut", shortcut, x.shape, x)
     if shortcut_norm is not None:
         check_norm(op, "shortcut_norm", shortcut_norm, x.shape[1], x)
-    use_fused("norm_act_conv", x)
+    if use_fused("norm_act_conv", x):
+        norm = Norm(*norm)
+        shortcut_norm = None if shortcut_norm is None else Norm(*shortcut_norm)
+        return torch.ops.mvat.norm_act(
+            x,
+            *applied(norm, x, training, statistics),
+            shortcut,
+            *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
+            norm.eps,
+            0.0 if shortcut_norm is None else shortcut_norm.eps,
+            list(ACTIVATIONS).index(activation),
+            training,
+        )
     return norm_act_reference(x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training)
+
+
+register("norm_act_conv", native.supports("norm_act_conv", ("cpu",)))
+
+
+def _length(length: int, weight: Tensor, stride: int, padding: int, transposed: bool) -> int:
+    kernel = weight.shape[2]
+    return (
+        (length - 1) * stride + kernel - 2 * padding if transposed else (length + 2 * padding - kernel) // stride + 1
+    )
+
+
+def _conv_fake(x, norm_weight, norm_bias, mean, var, weight, bias, eps, activation, stride, padding, groups, *rest):
+    transposed, _, statistics = rest
+    out = weight.shape[1] * groups if transposed else weight.shape[0]
+    y = x.new_empty((x.shape[0], out, _length(x.shape[2], weight, stride, padding, transposed)))
+    return y, x.new_empty((2 if statistics else 0, out))
+
+
+def _conv_fake_backward(grad, x, norm_weight, norm_bias, mean, var, weight, has_bias, *_):
+    bias = x.new_empty(grad.shape[1] if has_bias else 0)
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty(weight.shape), bias
+
+
+def _conv_setup_context(ctx, inputs, output) -> None:
+    x, *norm, weight, bias, ctx.eps = inputs[:8]
+    ctx.rest, ctx.training, ctx.has_bias = inputs[8:13], inputs[13], bias is not None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *norm, weight)
+
+
+def _conv_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 15
+    x, *norm, weight = ctx.saved_tensors
+    dz, sums, d_weight, d_bias = torch.ops.mvat.norm_act_conv_backward(
+        grad, x, *norm, weight, ctx.has_bias, ctx.eps, *ctx.rest
+    )
+    dx = norm_gradient(dz, x, tuple(norm), sums, ctx.eps, ctx.training)
+    d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
+    return dx, *d_norm, None, None, d_weight, d_bias if ctx.has_bias else None, *(None,) * 8
+
+
+native.complete("norm_act_conv", _conv_fake, _conv_fake_backward, _conv_setup_context, _conv_backward)
+
+
+def _act_fake(x, *rest):
+    return x.new_empty((x.shape[0], x.shape[1] // 2 if rest[11] == 3 else x.shape[1], x.shape[2]))
+
+
+def _act_fake_backward(grad, x, *rest):
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty((0 if rest[4] is None else 2, x.shape[1]))
+
+
+def _act_setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation, ctx.training = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _act_backward(ctx, grad):
+    tensors = ctx.saved_tensors
+    x, norm, shortcut, shortcut_norm = tensors[0], tensors[1:5], tensors[5], tensors[6:]
+    dz, sums, shortcut_sums = torch.ops.mvat.norm_act_backward(
+        grad, *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation
+    )
+    gradients = [norm_gradient(dz, x, norm, sums, ctx.eps, ctx.training), sums[1], sums[0], None, None, None, None, None]
+    if shortcut is not None:
+        gradients[5] = norm_gradient(dz, shortcut, shortcut_norm, shortcut_sums, ctx.shortcut_eps, ctx.training)
+        if shortcut_norm[0] is not None:
+            gradients[6:] = shortcut_sums[1], shortcut_sums[0]
+    return *gradients, *(None,) * 6
+
+
+native.complete("norm_act", _act_fake, _act_fake_backward, _act_setup_context, _act_backward)

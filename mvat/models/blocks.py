@@ -26,10 +26,18 @@ class Views(NamedTuple):
     local: Tensor
 
 
-def conv_stage(x: Tensor, conv: Conv, bn: nn.BatchNorm1d | None = None, activation: str = "identity") -> Tensor:
+class Raw(NamedTuple):
+    """A convolution's output [B, C, T], not normalised yet, with its statistics where they were gathered."""
+
+    features: Tensor
+    statistics: Tensor | None
+
+
+def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, activation: str = "identity") -> Raw:
     """conv(activation(bn(x))) with the modules' parameters: one stage of a chain, its output not normalised yet."""
-    return norm_act_conv(
-        x,
+    x = x if isinstance(x, Raw) else Raw(x, None)
+    y = norm_act_conv(
+        x.features,
         conv.weight,
         conv.bias,
         norm=None if bn is None else Norm.of(bn),
@@ -39,12 +47,15 @@ def conv_stage(x: Tensor, conv: Conv, bn: nn.BatchNorm1d | None = None, activati
         groups=conv.groups,
         transposed=isinstance(conv, nn.ConvTranspose1d),
         training=bn is not None and bn.training,
+        statistics=x.statistics,
+        want_statistics=conv.training,
     )
+    return Raw(*y) if conv.training else Raw(y, None)
 
 
-def chain_end(x: Tensor, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
+def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
     """activation(bn(x)): the end of a chain."""
-    return norm_act(x, Norm.of(bn), activation, training=bn.training)
+    return norm_act(x.features, Norm.of(bn), activation, training=bn.training, statistics=x.statistics)
 
 
 class BasicConv(nn.Module):
@@ -90,13 +101,16 @@ class ResCon(nn.Module):
         u = conv_stage(u, self.depth_conv[0].conv, self.point_conv1[1], "glu")
         u = conv_stage(u, self.point_conv2[0].conv, self.depth_conv[1], "silu")
         u = conv_stage(u, self.conv.conv, self.point_conv2[1], "silu")
+        shortcut = conv_stage(x, self.shortcut.conv)
         return norm_act(
-            u,
+            u.features,
             Norm.of(self.conv.bn),
             "relu",
-            shortcut=conv_stage(x, self.shortcut.conv),
+            shortcut=shortcut.features,
             shortcut_norm=Norm.of(self.shortcut.bn),
             training=self.conv.bn.training,
+            statistics=u.statistics,
+            shortcut_statistics=shortcut.statistics,
         )
 
 

@@ -124,7 +124,7 @@ class MannerBlock(nn.Module):
             h = self._attend(decoder.attn_block, h, want, p, collected)
             if h is None:
                 return None, collected
-        return conv_stage(features * self.mask_gate(h), self.out_conv[0]), collected
+        return conv_stage(features * self.mask_gate(h), self.out_conv[0]).features, collected
 
 
 def valid_length(length: int, depth: int, kernel_size: int, stride: int) -> int:
