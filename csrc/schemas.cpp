@@ -67,4 +67,16 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   // The gradient of a norm's input from the one behind it; count: samples a channel that the sums [2, C] are of.
   m.def("norm_gradient(Tensor dz, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor sums, float eps, float count,"
         " bool training) -> Tensor");
+
+  // y = relu(last (tanh . sigmoid) (gates norm(x) + gates_bias) + last_bias) + norm(shortcut): gates [2 hidden, C, 1] are tanh's
+  // rows, then sigmoid's; last [out, hidden, 1]; everything in the dtype of x.
+  m.def("mask_gate(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor gates, Tensor gates_bias,"
+        " Tensor last, Tensor last_bias, Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias, Tensor? shortcut_mean,"
+        " Tensor? shortcut_var, float eps, float shortcut_eps, bool training) -> Tensor");
+  // -> (gradient dz behind x's norm and its sums [2, C]; gradients of gates, gates_bias, last, last_bias; sums of grad, which is
+  //     the gradient behind the shortcut's norm, [2, out] or [0, out]).
+  m.def("mask_gate_backward(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean, Tensor? var, Tensor gates,"
+        " Tensor gates_bias, Tensor last, Tensor last_bias, Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias,"
+        " Tensor? shortcut_mean, Tensor? shortcut_var, float eps, float shortcut_eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

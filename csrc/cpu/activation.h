@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "conv.h"
@@ -35,6 +36,23 @@ struct Act {
     e = e < T(99) ? e : V{} + T(99);  // a NaN becomes one again below
     exp2_lanes<L>(e);
     return T(1) / (T(1) + e) + (z - z);
+  }
+
+  // Near zero a polynomial in z^2, within an ulp; elsewhere (1 - e) / (1 + e) with e = exp(-2 |z|).
+  MVAT_INLINE V tanh(V z) {
+    if constexpr (sizeof(T) == 8) {
+      for (int l = 0; l < L; l++) z[l] = std::tanh(z[l]);
+      return z;
+    } else {
+      constexpr float kOdd[] = {-0x1.9a8aa8p-8f, 0x1.591d64p-6f, -0x1.b92442p-5f, 0x1.110d0ap-3f, -0x1.55554ap-2f};
+      const V size = z < T(0) ? -z : z, square = z * z;
+      V p = V{} + kOdd[0];
+      MVAT_UNROLL for (int i = 1; i < 5; i++) p = p * square + kOdd[i];
+      V e = size * T(-2.8853900817779268);
+      exp2_lanes<L>(e);
+      const V far = (T(1) - e) / (T(1) + e);
+      return size < T(0.55) ? z + z * square * p : z < T(0) ? -far : far + (z - z);
+    }
   }
 
   template <Activation A>

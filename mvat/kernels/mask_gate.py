@@ -1,8 +1,10 @@
 """The gate that closes a multi-view block and makes the network's mask.
 
-    y = relu(W3 (tanh(W1 x + b1) * sigmoid(W2 x + b2)) + b3) + shortcut
+    y = relu(W3 (tanh(W1 u + b1) * sigmoid(W2 u + b2)) + b3) + shortcut_norm(shortcut),        u = norm(x)
 
-All three are 1x1 convolutions. Source: Park et al., "MANNER", ICASSP 2022; the gate itself is that of WaveNet
+All three are 1x1 convolutions; the norms are left out where none is given. The CPU kernel (csrc/cpu/mask_gate.cpp) takes a
+tile of samples through all products in cache: x and the shortcut are read once and y is written once. Its backward pass keeps
+nothing but the inputs and makes the gates anew. Source: Park et al., "MANNER", ICASSP 2022; the gate itself is that of WaveNet
 (van den Oord et al., 2016).
 """
 
@@ -10,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels.backend import not_written, register, use_fused
+from mvat.kernels import native
+from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter
+from mvat.kernels.norm import Norm, applied, batch_norm_reference, check_norm, norm_gradient
 from mvat.kernels.norm_act_conv import conv_reference
-
-register("mask_gate", not_written)
 
 
 def mask_gate_reference(
@@ -26,8 +28,16 @@ def mask_gate_reference(
     out_weight: Tensor,
     out_bias: Tensor,
     shortcut: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    shortcut_norm: Norm | None = None,
+    training: bool = False,
 ) -> Tensor:
     """`mask_gate` in plain PyTorch."""
+    if norm is not None:
+        x = batch_norm_reference(x, norm, training)
+    if shortcut is not None and shortcut_norm is not None:
+        shortcut = batch_norm_reference(shortcut, shortcut_norm, training)
     gate = torch.tanh(conv_reference(x, tanh_weight, tanh_bias))
     gate = gate * torch.sigmoid(conv_reference(x, sigmoid_weight, sigmoid_bias))
     y = F.relu(conv_reference(gate, out_weight, out_bias))
@@ -43,6 +53,12 @@ def mask_gate(
     out_weight: Tensor,
     out_bias: Tensor,
     shortcut: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    shortcut_norm: Norm | None = None,
+    training: bool = False,
+    statistics: Tensor | None = None,
+    shortcut_statistics: Tensor | None = None,
 ) -> Tensor:
     """Gate the features and pass them through a third convolution and ReLU, the shortcut added.
 
@@ -51,6 +67,9 @@ def mask_gate(
         tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias: 1x1 convolutions, [h, c, 1] and [h].
         out_weight, out_bias: 1x1 convolution, [o, h, 1] and [o].
         shortcut: [B, o, T], added after the ReLU, or None.
+        norm, shortcut_norm: batch norms of x and of the shortcut, where those are raw outputs of a convolution.
+        training: True takes the norms' statistics of the batch and updates the running ones in place.
+        statistics, shortcut_statistics: those of x and of the shortcut, from the stages that made them (`norm_act_conv`).
 
     Returns:
         [B, o, T].
@@ -70,5 +89,62 @@ def mask_gate(
     check_parameter(op, "out_bias", out_bias, (out,), x)
     if shortcut is not None:
         check_parameter(op, "shortcut", shortcut, (batch, out, length), x)
-    use_fused(op, x)
-    return mask_gate_reference(x, tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias, shortcut)
+    if norm is not None:
+        check_norm(op, "norm", norm, channels, x)
+    if shortcut_norm is not None:
+        check_norm(op, "shortcut_norm", shortcut_norm, out, x)
+    weights = tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias
+    if not use_fused(op, x):
+        norms = {"norm": norm, "shortcut_norm": shortcut_norm}
+        return mask_gate_reference(x, *weights, shortcut, **norms, training=training)
+    norm, shortcut_norm = (None if value is None else Norm(*value) for value in (norm, shortcut_norm))
+    return torch.ops.mvat.mask_gate(
+        x,
+        *applied(norm, x, training, statistics),
+        torch.cat((tanh_weight, sigmoid_weight)).to(x.dtype),
+        torch.cat((tanh_bias, sigmoid_bias)).to(x.dtype),
+        out_weight.to(x.dtype),
+        out_bias.to(x.dtype),
+        shortcut,
+        *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
+        0.0 if norm is None else norm.eps,
+        0.0 if shortcut_norm is None else shortcut_norm.eps,
+        training,
+    )
+
+
+register("mask_gate", native.supports("mask_gate", ("cpu",)))
+
+
+def _fake(x, norm_weight, norm_bias, mean, var, gates, gates_bias, last, *_):
+    return x.new_empty((x.shape[0], last.shape[0], x.shape[2]))
+
+
+def _fake_backward(grad, x, norm_weight, norm_bias, mean, var, gates, gates_bias, last, last_bias, shortcut, *_):
+    weights = [t.new_empty(t.shape) for t in (gates, gates_bias, last, last_bias)]
+    sums = x.new_empty((2, x.shape[1]))
+    return x.new_empty(x.shape), sums, *weights, x.new_empty((0 if shortcut is None else 2, last.shape[0]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.eps, ctx.shortcut_eps, ctx.training = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    x, *norm = ctx.saved_tensors[:5]
+    shortcut, *shortcut_norm = ctx.saved_tensors[9:]
+    dz, sums, *weights, shortcut_sums = torch.ops.mvat.mask_gate_backward(
+        grad, *ctx.saved_tensors, ctx.eps, ctx.shortcut_eps
+    )
+    dx = norm_gradient(dz, x, tuple(norm), sums, ctx.eps, ctx.training)
+    d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
+    d_shortcut, d_shortcut_norm = None, (None, None)
+    if shortcut is not None:
+        d_shortcut = norm_gradient(grad, shortcut, tuple(shortcut_norm), shortcut_sums, ctx.shortcut_eps, ctx.training)
+        if shortcut_norm[0] is not None:
+            d_shortcut_norm = shortcut_sums[1], shortcut_sums[0]
+    return dx, *d_norm, None, None, *weights, d_shortcut, *d_shortcut_norm, *(None,) * 5
+
+
+native.complete("mask_gate", _fake, _fake_backward, _setup_context, _backward)

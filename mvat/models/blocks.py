@@ -205,8 +205,17 @@ class MultiView(nn.Module):
             self.out_branch2(local, "relu"),
         )
         gates = self.output_tanh[0], self.output_sigmoid[0], self.gate_conv[0]
-        parameters = [p for conv in gates for p in (conv.weight, conv.bias)]
-        return mask_gate(self.conv(torch.cat(branches, 1)), *parameters, shortcut=self.shortcut(x))
+        u, shortcut = conv_stage(torch.cat(branches, 1), self.conv.conv), conv_stage(x, self.shortcut.conv)
+        return mask_gate(
+            u.features,
+            *[p for conv in gates for p in (conv.weight, conv.bias)],
+            shortcut=shortcut.features,
+            norm=Norm.of(self.conv.bn),
+            shortcut_norm=Norm.of(self.shortcut.bn),
+            training=self.conv.bn.training,
+            statistics=u.statistics,
+            shortcut_statistics=shortcut.statistics,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(x, self.views(x))

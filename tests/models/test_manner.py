@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mvat.kernels import attention_map
+from mvat.kernels import attention_map, use_backend
 from mvat.models import Manner, Views
 from mvat.models.manner import valid_length
 
@@ -180,13 +180,15 @@ def test_it_is_deterministic_and_clips_do_not_mix_in_evaluation() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:attention_map runs the plain PyTorch reference")
-def test_autocast() -> None:
+@pytest.mark.parametrize("mode, dtype", [("eager", torch.bfloat16), ("auto", torch.float32)])
+def test_autocast(mode: str, dtype: torch.dtype) -> None:
+    # The fused kernels of a CPU keep float32 features float32.
     model, x = Manner(**TINY), torch.randn(2, 1, 800)
     y = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), use_backend(mode):
         mixed, views = model(x, return_views=True)
         maps = model(x, return_maps=True)
-    assert views[0].channel.dtype == torch.bfloat16 and maps[0].channel.dtype == torch.float32
+    assert views[0].channel.dtype == dtype and maps[0].channel.dtype == torch.float32
     assert (mixed - y).norm() <= 0.2 * y.norm()
     mixed.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
