@@ -34,6 +34,7 @@ struct Conv {
   // Where in the panel a product at column 0 reads tap j; where in the signal the panel of the tile at column t begins.
   int64_t offset(int64_t j) const { return transposed ? taps() - 1 - j : j; }
   int64_t start(int64_t t) const { return transposed ? t - (taps() - 1) : stride * t - padding; }
+  bool is_filter() const { return in == 1 && out == 1 && stride == 1; }
   int64_t weight_size() const { return kernel * out * in; }
   Conv gradient() const { return {out, in, kernel, stride, padding, !transposed, length_out, length_in}; }
 };
@@ -138,10 +139,54 @@ MVAT_INLINE void product_columns(const Conv& conv, const T* weight, const T* bia
   }
 }
 
+// One channel to one: a filter along the row, its taps broadcast.
+template <typename T, int L>
+MVAT_INLINE void filter(const Conv& conv, const T* weight, T start, const T* panel, int64_t columns, T* out) {
+  constexpr int NV = 4;
+  int64_t t = 0;
+  for (; t + NV * L <= columns; t += NV * L) {
+    typename Simd<T, L>::Vector acc[NV];
+    MVAT_UNROLL for (int v = 0; v < NV; v++) acc[v] = typename Simd<T, L>::Vector{} + start;
+    for (int64_t k = 0; k < conv.kernel; k++) {
+      const T* from = panel + conv.offset(k) + t;
+      MVAT_UNROLL for (int v = 0; v < NV; v++) acc[v] += *(const typename Simd<T, L>::Memory*)(from + v * L) * weight[k];
+    }
+    MVAT_UNROLL for (int v = 0; v < NV; v++) *(typename Simd<T, L>::Memory*)(out + t + v * L) = acc[v];
+  }
+  for (; t < columns; t += L) {
+    typename Simd<T, L>::Vector acc = typename Simd<T, L>::Vector{} + start;
+    for (int64_t k = 0; k < conv.kernel; k++)
+      acc += *(const typename Simd<T, L>::Memory*)(panel + conv.offset(k) + t) * weight[k];
+    *(typename Simd<T, L>::Memory*)(out + t) = acc;
+  }
+}
+
+// The taps' gradients of such a filter; columns are whole vectors.
+template <typename T, int L>
+MVAT_INLINE void filter_gradient(const Conv& conv, const T* grad, const T* panel, int64_t columns, T* d_weight) {
+  constexpr int N = 8;  // taps at a time
+  int64_t k = 0;
+  for (; k + N <= conv.kernel; k += N) {
+    typename Simd<T, L>::Vector acc[N] = {};
+    for (int64_t t = 0; t < columns; t += L) {
+      const typename Simd<T, L>::Vector g = *(const typename Simd<T, L>::Memory*)(grad + t);
+      MVAT_UNROLL for (int i = 0; i < N; i++) acc[i] += g * *(const typename Simd<T, L>::Memory*)(panel + conv.offset(k + i) + t);
+    }
+    MVAT_UNROLL for (int i = 0; i < N; i++) d_weight[k + i] += sum_lanes<T, L>(acc[i]);
+  }
+  for (; k < conv.kernel; k++) {
+    typename Simd<T, L>::Vector acc{};
+    for (int64_t t = 0; t < columns; t += L)
+      acc += *(const typename Simd<T, L>::Memory*)(grad + t) * *(const typename Simd<T, L>::Memory*)(panel + conv.offset(k) + t);
+    d_weight[k] += sum_lanes<T, L>(acc);
+  }
+}
+
 // out [rows_out, columns] = bias + weight * panel. Both have room for whole vectors of columns.
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void product(const Conv& conv, const T* weight, const T* bias, const T* panel, int64_t panel_row, int64_t columns,
                          T* out, int64_t out_row) {
+  if (conv.is_filter()) return filter<T, L>(conv, weight, bias ? *bias : T(0), panel, columns, out);
   // So many channels that a block of the panel's columns stays in the first cache while every row of the weight passes it.
   const int64_t most = std::max<int64_t>(16, 160 / conv.phases_in());
   const int64_t parts = (conv.in + most - 1) / most, step = (conv.in + parts - 1) / parts;
@@ -233,6 +278,7 @@ constexpr int64_t kTransposed = 32;
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void weight_gradient(const Conv& conv, const T* grad, int64_t grad_row, const T* panel, int64_t panel_row,
                                  int64_t columns, T* turned, T* d_weight) {
+  if (conv.is_filter()) return filter_gradient<T, L>(conv, grad, panel, columns, d_weight);
   const bool transposed = conv.in >= kTransposed;
   const int64_t turned_row = whole<NV * L>(conv.in) + L;
   for (int64_t phase = 0; phase < conv.stride; phase++) {
