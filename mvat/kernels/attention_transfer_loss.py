@@ -9,7 +9,7 @@ Zagoruyko & Komodakis ("Paying more attention to attention", ICLR 2017) state th
 mean over channels instead of the sum falls out of the normalisation). Source of the use on the three views: Shin et
 al., "Multi-View Attention Transfer for Efficient Speech Enhancement", Interspeech 2022.
 
-The distance is always taken between normalised maps, never as 2 - 2 <N_S, N_T>, which cancels when both are close.
+The distance is always taken between normalised maps, never as `2 - 2 <N_S, N_T>`, which cancels when both are close.
 
 The CPU kernel (csrc/cpu/attention_transfer_loss.cpp) takes all pairs in one call: one reading of every feature leaves
 the maps, one reading of the maps the distances; backward reads the student's features once and writes their gradients
