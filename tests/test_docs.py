@@ -4,6 +4,7 @@ Of a page's fences, `python` is run, all blocks in order and in one namespace; `
 of that file, held to its words; `sh` is checked, not run. `<!-- not run: REASON -->` leaves the next block out.
 """
 
+import doctest
 import importlib.util
 import os
 import re
@@ -12,14 +13,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from mvat import audio
+from mvat import audio, losses
 from mvat.cli import _parser
 from mvat.models import Manner
+from mvat.models import blocks as blocks_module
 from train.command import parse
 
 REPO = Path(__file__).resolve().parents[1]
@@ -82,6 +85,12 @@ def test_the_code_of_a_page_runs(page: Path, scene: dict[str, object]) -> None:
                 compile(block.text, str(page), "exec")
     finally:
         torch.set_default_dtype(dtype)
+
+
+@pytest.mark.parametrize("module", [blocks_module, losses], ids=["blocks", "losses"])
+def test_the_examples_in_docstrings_run(module: ModuleType) -> None:
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted and not result.failed
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -171,7 +180,7 @@ def test_the_table_of_back_ends_is_up_to_date() -> None:
 
 def test_the_site_builds_and_no_link_breaks(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site is built with mkdocs-material and mkdocstrings-python")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     result = subprocess.run(
         command, cwd=REPO, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
