@@ -105,7 +105,7 @@ class AttentionTransferLoss(nn.Module):
     Raises:
         TypeError, ValueError: for a wrong power, or an unknown form or reduction.
 
-    Example:
+    Examples:
         >>> student, teacher = torch.randn(2, 8, 100, requires_grad=True), torch.randn(2, 60, 100)
         >>> AttentionTransferLoss()([student], [teacher]).backward()
 

@@ -88,7 +88,7 @@ class ResCon(nn.Module):
     Raises:
         ValueError: for another number.
 
-    Example:
+    Examples:
         >>> ResCon(12, 24).eval()(torch.randn(2, 12, 1000)).shape
         torch.Size([2, 24, 1000])
 
@@ -132,7 +132,7 @@ class ChannelAttention(nn.Module):
     Raises:
         ValueError: for another number.
 
-    Example:
+    Examples:
         >>> ChannelAttention(20)(torch.randn(2, 20, 1000)).shape
         torch.Size([2, 20, 1000])
 
@@ -163,7 +163,7 @@ class GlobalAttention(nn.Module):
     Raises:
         ValueError: for other numbers.
 
-    Example:
+    Examples:
         >>> GlobalAttention(segment_len=64, head=1)(torch.randn(2, 20, 1000)).shape
         torch.Size([2, 20, 1000])
 
@@ -200,7 +200,7 @@ class LocalAttention(nn.Module):
     Raises:
         ValueError: for other numbers.
 
-    Example:
+    Examples:
         >>> LocalAttention(20, segment_len=64).eval()(torch.randn(2, 20, 1000)).shape
         torch.Size([2, 20, 1000])
 
@@ -245,7 +245,7 @@ class MultiView(nn.Module):
     Raises:
         ValueError: for other numbers.
 
-    Example:
+    Examples:
         >>> MultiView(60).eval()(torch.randn(2, 60, 1000)).shape
         torch.Size([2, 60, 1000])
 
@@ -305,7 +305,7 @@ class MaskGate(nn.Module):
     Raises:
         ValueError: for another number.
 
-    Example:
+    Examples:
         >>> MaskGate(12)(torch.randn(2, 12, 1000)).shape
         torch.Size([2, 12, 1000])
 
