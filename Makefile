@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help venv demo test bench bench-kernels bench-quick clean
+.PHONY: help venv demo test bench bench-kernels bench-quick docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo    train a small teacher and students, evaluate them, write runs/demo/report.html (about 10 minutes)'
 	@echo 'make test    lint, type check and test (at most 6 minutes)'
 	@echo 'make bench   measure everything next to its peers and its floor (bench-kernels: the ops; bench-quick: answers only)'
+	@echo 'make docs    build the documentation: open site/index.html'
 	@echo 'make venv    only prepare .venv: the pinned requirements and the built package'
 	@echo 'make clean   remove build outputs and caches; .venv, data/ and runs/ stay'
 	@echo 'Another Python: make PYTHON=python3.12 test'
@@ -36,6 +37,9 @@ bench bench-kernels: venv
 bench-quick: venv
 	$(BIN)/python -m benchmarks --quick
 
+docs: venv
+	$(BIN)/mkdocs build --strict
+
 # The two stamps are written last, so that an interrupted step is done again.
 $(VENV)/.installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo 'mvat: no $(PYTHON) here: sudo apt install python3 python3-venv python3-dev'; exit 1; }
@@ -56,5 +60,5 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info mvat/_C*.so $(VENV)/.built .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
+	rm -rf build dist site *.egg-info mvat/_C*.so $(VENV)/.built .pytest_cache .hypothesis .ruff_cache .mypy_cache .benchmarks
 	find mvat train benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

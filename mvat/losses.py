@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mvat.kernels import attention_transfer_loss
-from mvat.kernels.checks import check_features
+from mvat.kernels.attention_transfer_loss import FORMS, REDUCTIONS
+from mvat.kernels.checks import check_choice, check_features, check_power
 from mvat.models import Views
 
 #: n_fft, hop and window length of the three STFTs, in samples at 16 kHz.
@@ -86,6 +87,45 @@ def weighted_mrstft_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tens
     speech = mrstft_distance(estimate, clean)
     residual = mrstft_distance(noisy - estimate, noise)
     return (a * speech + (1 - a) * residual).mean()
+
+
+class AttentionTransferLoss(nn.Module):
+    """`mvat.kernels.attention_transfer_loss` as a module, for any two networks whose features agree in batch and time.
+
+    It has no parameters. Called with two equally long sequences of tensors, the student's and the teacher's, each a
+    feature [B, C, T] or a map [B, T], in any floating dtype; gives a float32 or float64 scalar, or one value a pair
+    with reduction="none". Only the student gets a gradient. Every feature is read once: a pair costs one pass over both
+    sides forward, one reading of the student's and one write backward.
+
+    Args:
+        p: the power in the map, finite and at least 1.
+        form: "paper" or "code", see `attention_transfer_loss`.
+        reduction: "sum" over the pairs, or "none".
+
+    Raises:
+        TypeError, ValueError: for a wrong power, or an unknown form or reduction.
+
+    Examples:
+        >>> student, teacher = torch.randn(2, 8, 100, requires_grad=True), torch.randn(2, 60, 100)
+        >>> AttentionTransferLoss()([student], [teacher]).backward()
+
+    Source: Zagoruyko & Komodakis, "Paying more attention to attention", ICLR 2017; Shin et al., "Multi-View Attention
+    Transfer for Efficient Speech Enhancement", Interspeech 2022.
+    """
+
+    def __init__(self, p: float = 2.0, form: str = "paper", reduction: str = "sum") -> None:
+        super().__init__()
+        op = "AttentionTransferLoss"
+        check_power(op, p)
+        check_choice(op, "form", form, FORMS)
+        check_choice(op, "reduction", reduction, REDUCTIONS)
+        self.p, self.form, self.reduction = p, form, reduction
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        return attention_transfer_loss(student, teacher, p=self.p, form=self.form, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, form={self.form!r}, reduction={self.reduction!r}"
 
 
 def multi_view_transfer_loss(

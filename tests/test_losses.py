@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvat.kernels import attention_map, attention_transfer_loss
 from mvat.losses import (
+    AttentionTransferLoss,
     block_pairs,
     block_transfer_loss,
     mrstft_distance,
@@ -222,3 +223,33 @@ def test_block_transfer() -> None:
     torch.testing.assert_close(chosen, attention_transfer_loss(student[:1], teacher[3:], form="code"))
     with pytest.raises(ValueError, match="the student has 4 multi-view blocks and the teacher 3"):
         block_transfer_loss(student, teacher[:3])
+
+
+@pytest.mark.parametrize("p, form, reduction", [(2.0, "paper", "sum"), (1.5, "code", "none")])
+def test_the_transfer_loss_as_a_module(p: float, form: str, reduction: str) -> None:
+    module = AttentionTransferLoss(p, form, reduction)
+    assert not list(module.parameters()) and not module.state_dict()
+    assert repr(module) == f"AttentionTransferLoss(p={p}, form={form!r}, reduction={reduction!r})"
+    student = [torch.randn(2, c, 31, requires_grad=True) for c in (3, 5)]
+    teacher = [torch.randn(2, 9, 31), torch.rand(2, 31)]
+    loss = module(student, teacher)
+    assert torch.equal(loss, attention_transfer_loss(student, teacher, p=p, form=form, reduction=reduction))
+    loss.sum().backward()
+    assert all(f.grad is not None and f.grad.any() for f in student)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"p": 0.5}, ValueError, "AttentionTransferLoss: p must be finite and at least 1, got 0.5"),
+        ({"p": "2"}, TypeError, "AttentionTransferLoss: p must be a number, got str"),
+        ({"form": "text"}, ValueError, "AttentionTransferLoss: form must be one of paper, code, got 'text'"),
+        ({"reduction": "mean"}, ValueError, "AttentionTransferLoss: reduction must be one of sum, none, got 'mean'"),
+    ],
+)
+def test_the_module_refuses_bad_arguments_when_it_is_made(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        AttentionTransferLoss(**arguments)
+    assert str(raised.value) == message

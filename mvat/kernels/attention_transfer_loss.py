@@ -9,7 +9,7 @@ Zagoruyko & Komodakis ("Paying more attention to attention", ICLR 2017) state th
 mean over channels instead of the sum falls out of the normalisation). Source of the use on the three views: Shin et
 al., "Multi-View Attention Transfer for Efficient Speech Enhancement", Interspeech 2022.
 
-The distance is always taken between normalised maps, never as 2 - 2 <N_S, N_T>, which cancels when both are close.
+The distance is always taken between normalised maps, never as `2 - 2 <N_S, N_T>`, which cancels when both are close.
 
 The CPU kernel (csrc/cpu/attention_transfer_loss.cpp) takes all pairs in one call: one reading of every feature leaves
 the maps, one reading of the maps the distances; backward reads the student's features once and writes their gradients
@@ -42,7 +42,7 @@ from torch import Tensor
 from mvat.kernels import native
 from mvat.kernels.attention_map import attention_map, attention_map_reference
 from mvat.kernels.backend import current_backend, register, use_fused
-from mvat.kernels.checks import check_features, check_power
+from mvat.kernels.checks import check_choice, check_features, check_power
 
 FORMS = ("paper", "code")
 REDUCTIONS = ("sum", "none")
@@ -139,10 +139,8 @@ def attention_transfer_loss(
         TypeError, ValueError: for a wrong type, dtype, shape, device or power, or an unknown form or reduction.
     """
     op = "attention_transfer_loss"
-    if form not in FORMS:
-        raise ValueError(f"{op}: form must be one of {', '.join(FORMS)}, got {form!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_choice(op, "form", form, FORMS)
+    check_choice(op, "reduction", reduction, REDUCTIONS)
     check_power(op, p)
     _check_pairs(op, student, teacher)
     one_dtype = all(x.dtype == student[0].dtype for side in (student, teacher) for x in side)

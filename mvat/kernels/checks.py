@@ -45,6 +45,12 @@ def check_power(op: str, p: object) -> None:
         raise ValueError(f"{op}: p must be finite and at least 1, got {p}")
 
 
+def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def check_integer(op: str, name: str, value: object, least: int) -> None:
     """ValueError unless value is an integer of at least `least`."""
     if not isinstance(value, int) or value < least:

@@ -1,8 +1,28 @@
-"""MANNER, its presets, its cost."""
+"""MANNER, its blocks as modules of their own, its presets, its cost."""
 
-from mvat.models.blocks import Views
+from mvat.models.blocks import (
+    ChannelAttention,
+    GlobalAttention,
+    LocalAttention,
+    MaskGate,
+    MultiView,
+    ResCon,
+    Views,
+)
 from mvat.models.cost import count_flops, count_parameters
 from mvat.models.manner import Manner
 from mvat.models.presets import PRESETS
 
-__all__ = ["PRESETS", "Manner", "Views", "count_flops", "count_parameters"]
+__all__ = [
+    "PRESETS",
+    "ChannelAttention",
+    "GlobalAttention",
+    "LocalAttention",
+    "Manner",
+    "MaskGate",
+    "MultiView",
+    "ResCon",
+    "Views",
+    "count_flops",
+    "count_parameters",
+]

@@ -14,6 +14,7 @@ from mvat.kernels import (
     norm_act,
     norm_act_conv,
 )
+from mvat.kernels.checks import check_integer, check_segment_len
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
 
@@ -86,10 +87,29 @@ def _conv_norm(in_channels: int, out_channels: int, kernel_size: int = 1, groups
 
 
 class ResCon(nn.Module):
-    """The residual Conformer block [B, a, T] -> [B, b, T]: 1x1 GLU, depthwise SiLU, 1x1 SiLU, 1x1, shortcut, ReLU."""
+    """The residual Conformer block [B, a, T] -> [B, b, T]: 1x1 GLU, depthwise SiLU, 1x1 SiLU, 1x1, shortcut, ReLU.
+
+    A chain of `mvat.kernels.norm_act_conv` stages that `norm_act` ends: dtypes, gradients and back ends are theirs. A
+    sample costs 2 a^2 + 31 a + 2 a b + b^2 multiply-adds.
+
+    Args:
+        in_channels: a, at least 1.
+        out_channels: b, at least 1.
+
+    Raises:
+        ValueError: for another number.
+
+    Examples:
+        >>> ResCon(12, 24).eval()(torch.randn(2, 12, 1000)).shape
+        torch.Size([2, 24, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022, after the Conformer (Gulati et al., Interspeech 2020).
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        check_integer("ResCon", "in_channels", in_channels, 1)
+        check_integer("ResCon", "out_channels", out_channels, 1)
         self.point_conv1 = _conv_norm(in_channels, 2 * in_channels)
         self.depth_conv = _conv_norm(in_channels, in_channels, 31, groups=in_channels, bias=False)
         self.point_conv2 = _conv_norm(in_channels, out_channels)
@@ -115,10 +135,27 @@ class ResCon(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """The channel view: parameters of `mvat.kernels.channel_attention`."""
+    """The channel view [B, n, T] -> [B, n, T]: a gate a channel, from its maximum and its mean over time.
+
+    The module holds the parameters of `mvat.kernels.channel_attention`, which does the arithmetic: dtypes, gradients
+    and back ends are its. Two readings of the input and one write; 2 n^2 multiply-adds a clip for the gate.
+
+    Args:
+        channels: n, at least 2.
+
+    Raises:
+        ValueError: for another number.
+
+    Examples:
+        >>> ChannelAttention(20)(torch.randn(2, 20, 1000)).shape
+        torch.Size([2, 20, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022, after CBAM (Woo et al., ECCV 2018).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_integer("ChannelAttention", "channels", channels, 2)
         self.fc = nn.Sequential(nn.Linear(channels, channels // 2), nn.ReLU(), nn.Linear(channels // 2, channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,10 +164,30 @@ class ChannelAttention(nn.Module):
 
 
 class GlobalAttention(nn.Module):
-    """The global view: parameters of `mvat.kernels.global_attention`."""
+    """The global view [B, n, T] -> [B, n, T]: self-attention between the overlapped chunks of every channel.
+
+    The module holds the parameters of `mvat.kernels.global_attention`, which does the arithmetic: dtypes, gradients and
+    back ends are its. The weights do not depend on n. A channel is P = 2 T / C + 3 chunks and costs 2 P^2 C head
+    multiply-adds once the weights are absorbed (head times as many before); memory grows as T, not as P^2.
+
+    Args:
+        segment_len: C, the chunk's length in samples, even, at least 2.
+        head: heads, at least 1; each is C * head wide.
+
+    Raises:
+        ValueError: for other numbers.
+
+    Examples:
+        >>> GlobalAttention(segment_len=64, head=1)(torch.randn(2, 20, 1000)).shape
+        torch.Size([2, 20, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022.
+    """
 
     def __init__(self, segment_len: int, head: int) -> None:
         super().__init__()
+        check_segment_len("GlobalAttention", segment_len)
+        check_integer("GlobalAttention", "head", head, 1)
         self.segment_len, self.head = segment_len, head
         width = segment_len * head * head
         self.w_qs = nn.Linear(segment_len, width, bias=False)
@@ -144,10 +201,30 @@ class GlobalAttention(nn.Module):
 
 
 class LocalAttention(nn.Module):
-    """The local view: parameters of `mvat.kernels.local_attention`."""
+    """The local view [B, n, T] -> [B, n, T]: a mask over time from convolutions inside overlapped chunks.
+
+    The module holds the parameters and the batch norms of `mvat.kernels.local_attention`, which does the arithmetic:
+    dtypes, gradients and back ends are its. In training mode the norms take the batch's statistics and move their
+    running ones. At most 62 multiply-adds a sample and channel: every sample lies in two chunks, a kernel has 31 taps.
+
+    Args:
+        channels: n, at least 1.
+        segment_len: C, the chunk's length in samples, even, at least 2.
+
+    Raises:
+        ValueError: for other numbers.
+
+    Examples:
+        >>> LocalAttention(20, segment_len=64).eval()(torch.randn(2, 20, 1000)).shape
+        torch.Size([2, 20, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022.
+    """
 
     def __init__(self, channels: int, segment_len: int) -> None:
         super().__init__()
+        check_integer("LocalAttention", "channels", channels, 1)
+        check_segment_len("LocalAttention", segment_len)
         self.segment_len = segment_len
         self.depth_conv = _conv_norm(channels, channels, 31, groups=channels, bias=False)
         self.conv = BasicConv(2, 1, 7, padding=3)
@@ -170,10 +247,28 @@ def _gate_conv(channels: int) -> nn.Sequential:
 
 
 class MultiView(nn.Module):
-    """The multi-view attention block [B, c, T] -> [B, c, T]: channel, global and local views, merged and gated."""
+    """The multi-view attention block [B, c, T] -> [B, c, T]: channel, global and local views, merged and gated.
+
+    `views` gives the three views alone, `merge` makes the output of them; calling the block does both.
+
+    Args:
+        channels: c, at least 6; every view has n = c // 3 channels.
+        segment_len: C, the chunk's length in samples of the global and local views, even, at least 2.
+        head: heads of the global view, at least 1.
+
+    Raises:
+        ValueError: for other numbers.
+
+    Examples:
+        >>> MultiView(60).eval()(torch.randn(2, 60, 1000)).shape
+        torch.Size([2, 60, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022.
+    """
 
     def __init__(self, channels: int, segment_len: int = 64, head: int = 1) -> None:
         super().__init__()
+        check_integer("MultiView", "channels", channels, 6)
         n = channels // 3
         for i in range(3):
             self.add_module(f"in_branch{i}", BasicConv(channels, n))
@@ -222,10 +317,27 @@ class MultiView(nn.Module):
 
 
 class MaskGate(nn.Module):
-    """The network's mask [B, h, T]: parameters of `mvat.kernels.mask_gate`."""
+    """The network's mask [B, h, T] -> [B, h, T]: a gated pair of 1x1 convolutions, a third one, ReLU.
+
+    The module holds the parameters of `mvat.kernels.mask_gate`, which does the arithmetic: dtypes, gradients and back
+    ends are its. A sample costs 3 h^2 multiply-adds.
+
+    Args:
+        channels: h, at least 1.
+
+    Raises:
+        ValueError: for another number.
+
+    Examples:
+        >>> MaskGate(12)(torch.randn(2, 12, 1000)).shape
+        torch.Size([2, 12, 1000])
+
+    Source: Park et al., "MANNER", ICASSP 2022, after WaveNet's gate (van den Oord et al., 2016).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_integer("MaskGate", "channels", channels, 1)
         self.output = _gate_conv(channels)
         self.output_gate = _gate_conv(channels)
         self.mask = _gate_conv(channels)
