@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvat import audio as files
 from mvat.audio import SAMPLE_RATE
 from mvat.models import Manner
-from mvat.windows import through_windows
+from mvat.windows import around, cut, starts, through_windows
 
 __all__ = ["enhance"]
 
@@ -77,10 +77,11 @@ def enhance(
     back, which leaves nothing above 8 kHz. Silence stays silence.
 
     A recording up to 30 s is given to the model whole. A longer one runs in windows of 10 s that overlap by 2 s or more
-    and fade into each other, since time and, without fused kernels, memory of attention over the whole grow with the
-    square of the length. A `mvat.Manner` divides its input by the input's standard deviation; its windows are divided
-    by that of the whole channel, so that a pause is not made as loud as speech. Another module does in a window what
-    it does.
+    and fade into each other: the time of attention over the whole would grow with the square of its length.
+
+    A `mvat.Manner` divides its input by the input's standard deviation. A window is divided by that of the 30 s around
+    it, so that the network hears noise in a pause at the level it has beside speech, and still follows a level that
+    changes for good. Any other module, a compiled one too, gets its windows alone.
 
     Args:
         audio: Array or tensor [T] or [channels, T], floating point, full scale at 1; or the path of a file; or a list
@@ -172,10 +173,10 @@ def _enhanced(
 
     like = next(model.parameters(), None)
     batch = BATCH if like is not None and like.is_cuda else 1
-    deviation = _deviation(at_16k()) if size < length and isinstance(model, Manner) else None
+    scales = _scales(at_16k(), length, size) if size < length and isinstance(model, Manner) else None
 
     def run(windows: Tensor) -> Tensor:
-        scale = None if deviation is None else deviation.repeat(len(windows))
+        scale = None if scales is None else torch.cat([next(scales) for _ in windows])
         return _run(model, windows.flatten(0, 1), scale, batch).reshape(windows.shape)
 
     def followed() -> Iterator[Tensor]:
@@ -206,18 +207,11 @@ def _run(model: nn.Module, rows: Tensor, scale: Tensor | None, batch: int) -> Te
     return result
 
 
-def _deviation(blocks: Iterable[Tensor]) -> Tensor:
-    """The unbiased standard deviation of every channel, float64 [channels]."""
-    count, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
-    for block in blocks:
-        block = block.double().cpu()
-        n = block.shape[1]
-        # The sums of two parts are joined (Chan, Golub, LeVeque): no difference of large numbers.
-        step = block.mean(1) - mean
-        squares = squares + block.var(1, correction=0) * n + step.square() * (count * n / (count + n))
-        mean = mean + step * (n / (count + n))
-        count += n
-    return (squares / (count - 1)).sqrt()
+def _scales(blocks: Iterable[Tensor], length: int, size: int) -> Iterator[Tensor]:
+    """For every window the standard deviations of the audio around it, float64 [channels]."""
+    span = max(size, min(length, round(WHOLE * SAMPLE_RATE)))
+    for stretch in cut(blocks, around(starts(length, size), size, length, span), span):
+        yield stretch.double().std(1)
 
 
 def _resampled(blocks: Iterator[Tensor], rate_in: int, rate_out: int, length: int) -> Iterator[Tensor]:

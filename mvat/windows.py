@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["starts", "through_windows"]
+__all__ = ["around", "cut", "starts", "through_windows"]
 
 #: Samples at 16 kHz by which neighbours overlap at least; shorter windows by half their length.
 OVERLAP = 32000
@@ -27,6 +27,28 @@ def starts(length: int, size: int) -> list[int]:
     overlap = _overlap(size)
     count = math.ceil((length - overlap) / (size - overlap))
     return [k * (length - size) // (count - 1) for k in range(count)]
+
+
+def around(first: list[int], size: int, length: int, span: int) -> list[int]:
+    """The first samples of stretches of `span` samples, one in the middle of which every window lies.
+
+    At the ends of the audio, `length` samples, the stretch ends with it: the window is then not in its middle.
+    """
+    return [min(max(start + (size - span) // 2, 0), length - span) for start in first]
+
+
+def cut(blocks: Iterable[Tensor], first: list[int], size: int) -> Iterator[Tensor]:
+    """The windows [channels, size] of audio in blocks that start at `first`, in ascending order.
+
+    Of the audio no more is held than the next window needs.
+    """
+    source = iter(blocks)
+    held, begin = next(source), 0
+    for start in first:
+        while begin + held.shape[1] < start + size:
+            held = torch.cat([held[:, max(start - begin, 0) :], next(source)], 1)
+            begin = max(start, begin)
+        yield held[:, start - begin : start - begin + size]
 
 
 def through_windows(
@@ -51,7 +73,7 @@ def through_windows(
     joins = [(a + size + b - fade) // 2 for a, b in zip(first, first[1:], strict=False)]
     begins, ends = [0, *joins], [*joins, length]
     tail: Tensor | None = None
-    for k, start, window in _results(_cut(blocks, first, size), first, run, group):
+    for k, start, window in _results(cut(blocks, first, size), first, run, group):
         piece = window[:, begins[k] - start : ends[k] - start]
         if tail is not None:
             # Half a period of a cosine, at the middles of the samples.
@@ -64,17 +86,6 @@ def through_windows(
 
 def _overlap(size: int) -> int:
     return min(OVERLAP, size // 2)
-
-
-def _cut(blocks: Iterable[Tensor], first: list[int], size: int) -> Iterator[Tensor]:
-    """The windows [channels, size] that start at `first`; of the audio no more is held than the next one needs."""
-    source = iter(blocks)
-    held, begin = next(source), 0
-    for start in first:
-        while begin + held.shape[1] < start + size:
-            held = torch.cat([held[:, max(start - begin, 0) :], next(source)], 1)
-            begin = max(start, begin)
-        yield held[:, start - begin : start - begin + size]
 
 
 def _results(

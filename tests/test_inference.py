@@ -204,7 +204,9 @@ def test_a_recording_up_to_the_limit_runs_whole(monkeypatch: pytest.MonkeyPatch)
         assert module.lengths == lengths
 
 
-def test_the_windows_of_a_channel_have_one_scale(model: mvat.Manner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_normalised_by_the_seconds_around_them(
+    model: mvat.Manner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scales: list[torch.Tensor] = []
     forward = mvat.Manner.forward
 
@@ -214,10 +216,16 @@ def test_the_windows_of_a_channel_have_one_scale(model: mvat.Manner, monkeypatch
 
     monkeypatch.setattr(mvat.Manner, "forward", spy)
     x = noise(2, 40000) * np.linspace(0.1, 3, 40000, dtype=np.float32) * np.array([[1], [5]], np.float32)
-    mvat.enhance(x, model, window=1)
-    expected = np.tile(x.astype(np.float64).std(1, ddof=1), 4)
-    np.testing.assert_allclose(torch.cat(scales).flatten(), expected, rtol=1e-6)
-    scales.clear()
+    windows = starts(40000, 16000)
+    for whole, stretches in ((30, [(0, 40000)] * 4), (2, [(0, 32000)] * 2 + [(8000, 40000)] * 2)):
+        monkeypatch.setattr(inference, "WHOLE", whole)
+        assert len(windows) == len(stretches)
+        mvat.enhance(x, model, window=1)
+        expected = [x[:, a:b].astype(np.float64).std(1, ddof=1) for a, b in stretches]
+        np.testing.assert_allclose(torch.cat(scales).flatten(), np.concatenate(expected), rtol=1e-6)
+        scales.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(mvat.Manner, "forward", spy)
     mvat.enhance(x, model)
     assert scales == [None, None]
 

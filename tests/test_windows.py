@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvat.windows import OVERLAP, starts, through_windows
+from mvat.windows import OVERLAP, around, starts, through_windows
 
 
 def chopped(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
@@ -17,6 +17,7 @@ def chopped(x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         x, sizes = x[:, sizes[0] :], [*sizes[1:], sizes[0]]
 
 
+@settings(max_examples=50)
 @given(length=st.integers(1, 10**6), size=st.integers(1000, 10**6))
 def test_windows_cover_all_and_overlap_enough(length: int, size: int) -> None:
     first = starts(length, size)
@@ -30,6 +31,18 @@ def test_windows_cover_all_and_overlap_enough(length: int, size: int) -> None:
     assert (len(first) - 1) * (size - overlap) + overlap < length, "one window fewer would do"
 
 
+@settings(max_examples=30)
+@given(length=st.integers(1000, 10**5), size=st.integers(600, 10**4), more=st.integers(0, 3000))
+def test_stretches_lie_around_their_windows(length: int, size: int, more: int) -> None:
+    size = min(size, length)
+    span = min(size + more, length)
+    for start, stretch in zip(starts(length, size), around(starts(length, size), size, length, span), strict=True):
+        assert 0 <= stretch <= start and start + size <= stretch + span <= length
+        if 0 < stretch < length - span:
+            assert abs((start - stretch) - (stretch + span - start - size)) <= 1
+
+
+@settings(max_examples=30)
 @given(
     length=st.integers(1, 4000), size=st.integers(6, 700), group=st.integers(1, 3), blocks=st.lists(st.integers(1, 900))
 )
