@@ -76,8 +76,8 @@ def enhance(
     Every channel is enhanced on its own (our definition). Audio at another rate than 16 kHz is resampled to it and
     back, which leaves nothing above 8 kHz. Silence stays silence.
 
-    A recording up to 30 s is given to the model whole. A longer one runs in windows of 10 s that overlap by 2 s or more
-    and fade into each other: the time of attention over the whole would grow with the square of its length.
+    A recording up to 30 s is given to the model whole. A longer one runs in windows of 10 s that overlap by 1.5 s or
+    more and fade into each other: the time of attention over the whole would grow with the square of its length.
 
     A `mvat.Manner` divides its input by the input's standard deviation. A window is divided by that of the 30 s around
     it, so that the network hears noise in a pause at the level it has beside speech, and still follows a level that
