@@ -236,6 +236,9 @@ def test_a_window_with_the_scale_of_its_own_is_the_model_s_own_answer(model: mva
     with torch.no_grad():
         torch.testing.assert_close(model(x, scale=scale), model(x), rtol=0, atol=0)
         assert (model(x, scale=2 * scale) - model(x)).abs().max() > 1e-3 * model(x).abs().max()
+    for wrong, named in ((scale[:2], r"\[2, 1, 1\]"), (1.0, "float")):
+        with pytest.raises(ValueError, match=rf"scale must be a tensor \[3, 1, 1\], got {named}"):
+            model(x, scale=wrong)
 
 
 def test_silence_stays_silence_between_and_around_windows(model: mvat.Manner) -> None:

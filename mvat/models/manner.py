@@ -268,6 +268,9 @@ class Manner(nn.Module):
             # The standard deviation of a single sample is not defined; it is taken as silence.
             defined = length > 1 and x.shape[0] > 0
             scale = x.mean(1, keepdim=True).std(2, keepdim=True) if defined else x.new_zeros(x.shape[0], 1, 1)
+        elif not isinstance(scale, Tensor) or scale.shape != (x.shape[0], 1, 1):
+            given = list(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
+            raise ValueError(f"Manner: scale must be a tensor [{x.shape[0]}, 1, 1], got {given}")
         x = x / (1e-3 + scale)
         c = self.config
         x = F.pad(x, (0, valid_length(length, c["depth"], c["kernel_size"], c["stride"]) - length))
