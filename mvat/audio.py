@@ -1,4 +1,4 @@
-"""Audio files: inspect, read, write and resample, with one clear error for every file that cannot be used.
+"""Audio files: inspect, read, write and resample, whole or block by block; one clear error for what cannot be used.
 
 Samples are float32 in [-1, 1]. soundfile and soxr are imported when a function needs them.
 """
@@ -6,7 +6,7 @@ Samples are float32 in [-1, 1]. soundfile and soxr are imported when a function 
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -20,12 +20,16 @@ __all__ = [
     "SAMPLE_RATE",
     "AudioError",
     "AudioInfo",
+    "blocks",
     "info",
+    "kept_subtype",
     "read",
     "require",
     "resample",
+    "resample_blocks",
     "resampler_name",
     "write",
+    "writing",
 ]
 
 SAMPLE_RATE = 16000
@@ -33,6 +37,10 @@ SAMPLE_RATE = 16000
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 _PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
 _WAV_DATA = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
+#: Sample formats whose length is exact; a file of another one (ADPCM and the like) is written as 16 bit.
+_EXACT = (*_PCM_BITS, "FLOAT", "DOUBLE", "ULAW", "ALAW")
+#: Bytes of samples that fit into a WAV; more take an RF64, which is a WAV with 64-bit lengths.
+_WAV_MOST = 2**32 - 2**16
 # A program that writes WAV into a pipe cannot know the length and declares about 2 or 4 GiB.
 _WAV_UNKNOWN = 0x7FFFF000
 
@@ -102,17 +110,25 @@ def read(path: str | os.PathLike[str], start: int = 0, frames: int = -1) -> tupl
         count = file.frames - start if frames < 0 else frames
         if start < 0 or count < 1 or start + count > file.frames:
             raise AudioError(f"{path}: frames {start} to {start + count} asked for, the file has {file.frames}")
-        rate = file.samplerate
-        try:
-            file.seek(start)
-            samples = file.read(count, dtype="float32", always_2d=True)
-        except require("soundfile").LibsndfileError as error:
-            raise AudioError(f"{path}: corrupt or cut short ({error.error_string or 'decoding failed'})") from error
-    if len(samples) != count:
-        raise AudioError(f"{path}: cut short, {len(samples)} of {count} frames could be read")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: holds NaN or infinite samples")
-    return np.ascontiguousarray(samples.T), rate
+        return _decoded(file, path, start, count), file.samplerate
+
+
+def blocks(path: str | os.PathLike[str], frames: int = 2**18) -> Iterator[np.ndarray]:
+    """Read an audio file block by block.
+
+    Args:
+        path: As for `read`.
+        frames: Frames of every block but the last.
+
+    Yields:
+        Samples, float32 [channels, T], T <= frames.
+
+    Raises:
+        AudioError: As `read` does, at the block that cannot be read.
+    """
+    with _opened(path) as file:
+        for start in range(0, file.frames, frames):
+            yield _decoded(file, path, start, min(frames, file.frames - start))
 
 
 def write(path: str | os.PathLike[str], samples: np.ndarray, rate: int, subtype: str = "PCM_16") -> None:
@@ -132,15 +148,35 @@ def write(path: str | os.PathLike[str], samples: np.ndarray, rate: int, subtype:
             shape, or a folder that is missing or unwritable.
         TypeError: The samples are not floating point.
     """
-    soundfile = require("soundfile")
-    path = Path(path)
     samples = np.asarray(samples)
     if not np.issubdtype(samples.dtype, np.floating):
         raise TypeError(f"{path}: samples must be floating point, not {samples.dtype}")
     if samples.ndim not in (1, 2) or samples.size == 0:
         raise AudioError(f"{path}: samples must be [T] or [channels, T] and not empty, not {list(samples.shape)}")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: the samples to write hold NaN or infinity")
+    samples = np.atleast_2d(samples)
+    with writing(path, rate, len(samples), samples.shape[1], subtype) as put:
+        put(samples)
+
+
+@contextmanager
+def writing(
+    path: str | os.PathLike[str], rate: int, channels: int, frames: int, subtype: str = "PCM_16"
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an audio file block by block, as `write` does: it has its name when the context is left, and not before.
+
+    Args:
+        path, rate, subtype: As for `write`.
+        channels: Number of channels.
+        frames: Samples a channel that will be written; a .wav becomes an RF64 where they need more than 4 GiB.
+
+    Yields:
+        A function that writes a block, floating point [channels, T].
+
+    Raises:
+        AudioError: As `write` does.
+    """
+    soundfile = require("soundfile")
+    path = Path(path)
     container = _FORMATS.get(path.suffix.lower())
     if container is None:
         raise AudioError(f"{path}: can write .wav and .flac only")
@@ -148,12 +184,33 @@ def write(path: str | os.PathLike[str], samples: np.ndarray, rate: int, subtype:
         raise AudioError(f"{path}: {container} cannot hold {subtype}")
     if not path.parent.is_dir():
         raise AudioError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise AudioError(f"{path}: is a folder")
+    bits = {"FLOAT": 32, "ULAW": 8, "ALAW": 8, **_PCM_BITS}.get(subtype, 64)
+    if container == "WAV" and frames * channels * bits // 8 > _WAV_MOST:
+        container = "RF64"
+
+    def put(samples: np.ndarray) -> None:
+        if not np.isfinite(samples).all():
+            raise AudioError(f"{path}: the samples to write hold NaN or infinity")
+        file.write(_quantise(samples, subtype).T)
 
     try:
-        with replacing(path) as part:
-            soundfile.write(part, _quantise(samples, subtype).T, rate, format=container, subtype=subtype)
+        with (
+            replacing(path) as part,
+            soundfile.SoundFile(part, "w", rate, channels, subtype, format=container) as file,
+        ):
+            yield put
     except (OSError, soundfile.LibsndfileError) as error:
         raise AudioError(f"{path}: cannot be written ({error})") from error
+
+
+def kept_subtype(subtype: str, path: str | os.PathLike[str]) -> str:
+    """The sample format to write to `path` what was read as `subtype`: that one, or the nearest the file can hold."""
+    container = _FORMATS.get(Path(path).suffix.lower())
+    if container and subtype in _EXACT and require("soundfile").check_format(container, subtype):
+        return subtype
+    return "PCM_24" if subtype in ("PCM_32", "FLOAT", "DOUBLE") else "PCM_16"
 
 
 def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -173,6 +230,33 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     flat = samples.reshape(-1, samples.shape[-1])
     result = require("soxr").resample(np.ascontiguousarray(flat.T), rate_in, rate_out, quality="VHQ")
     return np.ascontiguousarray(result.T).reshape(*samples.shape[:-1], -1)
+
+
+def resample_blocks(
+    blocks: Iterable[np.ndarray], rate_in: int, rate_out: int, length: int
+) -> Iterator[np.ndarray]:
+    """Resample block by block; the blocks' sum is what `resample` gives, bit for bit, but for its length.
+
+    Args:
+        blocks: Floating point [channels, T], one after the other.
+        rate_in: Rate of the samples.
+        rate_out: Rate wanted.
+        length: Samples a channel to give: what is more is cut, what is less is filled with zeros.
+
+    Yields:
+        float32 [channels, T'].
+    """
+    stream, left = None, length
+    for block in blocks:
+        if stream is None:
+            stream = require("soxr").ResampleStream(rate_in, rate_out, len(block), dtype="float32", quality="VHQ")
+        flat = np.ascontiguousarray(block.T, dtype=np.float32)
+        result = stream.resample_chunk(flat)[:left]
+        left -= len(result)
+        yield np.ascontiguousarray(result.T)
+    if stream is not None:
+        result = stream.resample_chunk(flat[:0], last=True)[:left]
+        yield np.ascontiguousarray(np.pad(result, ((0, left - len(result)), (0, 0))).T)
 
 
 def resampler_name() -> str:
@@ -203,6 +287,21 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise AudioError(f"{path}: no readable audio ({error.error_string})") from error
     except TypeError as error:  # soundfile's answer to headerless files such as .raw
         raise AudioError(f"{path}: no readable audio ({error})") from error
+
+
+def _decoded(file: Any, path: str | os.PathLike[str], start: int, count: int) -> np.ndarray:
+    """Frames of an open file, float32 [channels, count]."""
+    try:
+        if file.tell() != start:
+            file.seek(start)
+        samples = file.read(count, dtype="float32", always_2d=True)
+    except require("soundfile").LibsndfileError as error:
+        raise AudioError(f"{path}: corrupt or cut short ({error.error_string or 'decoding failed'})") from error
+    if len(samples) != count:
+        raise AudioError(f"{path}: cut short, {start + len(samples)} of {start + count} frames could be read")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds NaN or infinite samples")
+    return np.ascontiguousarray(samples.T)
 
 
 def _quantise(samples: np.ndarray, subtype: str) -> np.ndarray:

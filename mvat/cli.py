@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mvat.models import Manner
 
 SUFFIXES = (".wav", ".flac")
-#: Sample formats whose length is exact; a file of another one (ADPCM and the like) is written as 16 bit.
-_EXACT = ("PCM_U8", "PCM_S8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _NEED_A_MODEL = (
     "no model is given and none is shipped: --checkpoint PATH takes a trained one (`make demo` in mvat's source "
     "folder trains one in minutes, `python -m train.teacher --help` tells how to train on your own data)"
@@ -27,6 +25,7 @@ _EPILOG = """\
 examples:
   mvat enhance noisy.wav -o enhanced.wav --checkpoint runs/demo/student
   mvat enhance recordings/ more/a.flac -o enhanced/ --checkpoint best.pt --device cuda
+  mvat enhance lecture.flac -o enhanced.flac --checkpoint best.pt --window 20
   mvat info --preset s-8.1gf --seconds 10
   mvat doctor
 """
@@ -79,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         "enhance",
         allow_abbrev=False,
         help="remove the noise from recordings",
-        description="Remove the noise from .wav and .flac files of any sample rate and number of channels; rate, "
-        "channels, length and sample format are kept. Folders are searched with all their subfolders.",
+        description="Remove the noise from .wav and .flac files of any length, sample rate and number of channels; "
+        "rate, channels, length and sample format are kept. Folders are searched with all their subfolders. A file has "
+        "its name only when it is whole.",
     )
     enhance.add_argument("inputs", nargs="+", metavar="FILE|DIR")
     enhance.add_argument(
@@ -99,6 +99,19 @@ def _parser() -> argparse.ArgumentParser:
     enhance.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
+    enhance.add_argument(
+        "--window",
+        type=_window,
+        default="auto",
+        metavar="SECONDS|whole",
+        help="audio that the model is given at once: a longer recording runs in overlapped windows of this length, "
+        '"whole" never does (default: up to 30 s whole, else windows of 10 s)',
+    )
+    enhance.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show progress bars (default: on a terminal, when it takes long)",
+    )
     enhance.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     enhance.set_defaults(run=_enhance)
 
@@ -114,6 +127,18 @@ def _seconds(text: str) -> float:
         seconds = 0.0
     if not 1e-4 <= seconds <= 1e6:
         raise argparse.ArgumentTypeError(f"must be a number between 0.0001 and 1000000, got {text!r}")
+    return seconds
+
+
+def _window(text: str) -> float | str | None:
+    if text in ("auto", "whole"):
+        return None if text == "whole" else text
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f'must be seconds, 1 at least, or "whole", got {text!r}')
     return seconds
 
 
@@ -149,14 +174,20 @@ def _enhance(arguments: argparse.Namespace) -> int:
     from mvat.audio import require
 
     require("soundfile")
+    from mvat.inference import enhance
+
     jobs, failures = plan(arguments.inputs, arguments.out, arguments.overwrite)
     count = len(jobs) + len(failures)
     if jobs:
         model = _model(arguments)
         _make_folder(Path(os.path.commonpath([job.target.parent for job in jobs])))
-    for job in tqdm(jobs, desc="enhancing", unit="file", disable=None):
+    progress = arguments.progress
+    # A single file has only the bar of its own.
+    hidden = len(jobs) == 1 or (None if progress is None else not progress)
+    for job in tqdm(jobs, desc="files", unit="file", disable=hidden):
         try:
-            _enhance_file(job, model)
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            enhance(job.source, model, out=job.target, window=arguments.window, progress=progress)
         # An unreadable file, a full disk, out of memory: the other files go on.
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = _one_line(error) or type(error).__name__
@@ -280,26 +311,6 @@ def _make_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: this folder cannot be made ({error.strerror})") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{folder}: this folder cannot be written to")
-
-
-def _enhance_file(job: Job, model: "Manner") -> None:
-    from mvat import audio
-    from mvat.inference import enhance
-
-    samples, rate = audio.read(job.source)
-    subtype = _subtype(audio.info(job.source).subtype, job.target)
-    enhanced = enhance(samples, model, rate)
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    audio.write(job.target, enhanced, rate, subtype)
-
-
-def _subtype(subtype: str, target: Path) -> str:
-    """The sample format of the output: the input's, or the nearest that the output's container holds."""
-    from mvat.audio import require
-
-    if subtype in _EXACT and require("soundfile").check_format(target.suffix[1:].upper(), subtype):
-        return subtype
-    return "PCM_24" if subtype in ("PCM_32", "FLOAT", "DOUBLE") else "PCM_16"
 
 
 def _one_line(error: BaseException) -> str:

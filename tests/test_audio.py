@@ -133,16 +133,51 @@ def test_write_refuses(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(("suffix", "subtype"), [(".wav", "PCM_16"), (".flac", "PCM_24"), (".wav", "FLOAT")])
+def test_blocks_written_and_read_are_the_whole(tmp_path, suffix, subtype):
+    samples = tone(10001, 2)
+    audio.write(tmp_path / f"whole{suffix}", samples, 16000, subtype)
+    path = tmp_path / f"blocks{suffix}"
+    with audio.writing(path, 16000, 2, 10001, subtype) as put:
+        for begin in range(0, 10001, 3000):
+            put(samples[:, begin : begin + 3000])
+        assert not path.exists()
+    if subtype != "FLOAT":  # whose header holds the time
+        assert path.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    found = list(audio.blocks(path, 4000))
+    assert [block.shape for block in found] == [(2, 4000), (2, 4000), (2, 2001)]
+    assert np.array_equal(np.concatenate(found, 1), audio.read(path)[0])
+
+
+def test_what_a_wav_cannot_hold_becomes_rf64(tmp_path, monkeypatch):
+    for frames, expected in ((2**31 - 2**15, "WAV"), (2**31 - 2**15 + 1, "RF64")):
+        with audio.writing(tmp_path / "a.wav", 16000, 1, frames) as put:
+            put(tone(100))
+        assert audio.info(tmp_path / "a.wav")[1:] == (16000, 1, 100, expected, "PCM_16")
+
+
+@pytest.mark.parametrize(("rate_in", "rate_out"), [(44100, 16000), (16000, 48000), (8000, 16000), (16000, 11025)])
+@pytest.mark.parametrize("frames", [1, 5, 20011])
+def test_resampled_blocks_are_the_whole(rate_in, rate_out, frames):
+    samples = tone(frames, 2)
+    whole = audio.resample(samples, rate_in, rate_out)
+    for length in (whole.shape[1], whole.shape[1] + 3, max(1, whole.shape[1] - 3)):
+        parts = (samples[:, begin : begin + 3000] for begin in range(0, frames, 3000))
+        found = np.concatenate(list(audio.resample_blocks(parts, rate_in, rate_out, length)), 1)
+        assert found.dtype == np.float32 and found.shape == (2, length)
+        common = min(length, whole.shape[1])
+        assert np.array_equal(found[:, :common], whole[:, :common]) and not found[:, common:].any()
+
+
 def test_failed_write_keeps_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     audio.write(path, tone(10), 16000)
     before = path.read_bytes()
 
-    def full(file, *_, **__):
-        file.write_bytes(b"half")
+    def full(file, samples):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(soundfile, "write", full)
+    monkeypatch.setattr(soundfile.SoundFile, "write", full)
     with pytest.raises(audio.AudioError, match="no space left"):
         audio.write(path, tone(20), 16000)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.wav"]

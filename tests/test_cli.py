@@ -230,14 +230,51 @@ def test_a_failed_or_interrupted_write_leaves_the_former_file(run, tmp_path: Pat
 
     for failure, status, message in ((OSError("disk full"), 2, "disk full"), (KeyboardInterrupt(), 130, "interrupted")):
 
-        def failing(path, *arguments, failure=failure, **options):
-            Path(path).write_bytes(b"half")
+        def failing(file, samples, failure=failure):
+            assert files(target.parent) != ["a.wav"]
             raise failure
 
-        monkeypatch.setattr(soundfile, "write", failing)
+        monkeypatch.setattr(soundfile.SoundFile, "write", failing)
         result = run(source, o=target, overwrite=True)
         assert result[0] == status and message in result[2]
         assert files(target.parent) == ["a.wav"] and target.read_bytes() == before
+
+
+def test_windows_and_progress_are_the_caller_s_choice(run, checkpoint: Path, tmp_path: Path) -> None:
+    source = record(tmp_path / "a.wav", 2, 24000, 8000, "DOUBLE")
+    model = mvat.Manner.from_pretrained(checkpoint)
+    written = {}
+    for window, seconds in (("1.5", 1.5), ("whole", None), ("auto", None)):
+        target = tmp_path / f"{window}.wav"
+        assert "3/3 s of audio" in run(source, "--window", window, "--progress", o=target)[2]
+        written[window] = audio.read(target)[0]
+        np.testing.assert_array_equal(written[window], mvat.enhance(source, model, window=seconds))
+    np.testing.assert_array_equal(written["whole"], written["auto"])
+    assert (written["whole"] != written["1.5"]).any()
+    record(tmp_path / "b.wav")
+    assert "2/2" in run(source, tmp_path / "b.wav", "--progress", o=tmp_path / "out")[2]
+    assert run(source, "--no-progress", o=tmp_path / "silent.wav")[2] == ""
+
+
+def test_a_failure_half_way_through_a_file_leaves_the_former_one(run, tmp_path: Path, monkeypatch) -> None:
+    source, target = record(tmp_path / "in" / "a.wav", 1, 50000), tmp_path / "out" / "a.wav"
+    target.parent.mkdir()
+    target.write_text("precious")
+    calls = []
+    forward = mvat.Manner.forward
+    for failure, status in ((RuntimeError("out of memory"), 2), (KeyboardInterrupt(), 130)):
+
+        def failing(self, x, failure=failure, **options):
+            calls.append(x)
+            if len(calls) % 3 == 0:
+                raise failure
+            return forward(self, x, **options)
+
+        monkeypatch.setattr(mvat.Manner, "forward", failing)
+        result = run(source, "--window", "1", o=target, overwrite=True)
+        assert result[0] == status and result[2].count("\n") == 1
+        assert files(target.parent) == ["a.wav"] and target.read_text() == "precious"
+    assert len(calls) == 6
 
 
 class Evil:
@@ -306,6 +343,9 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys, monkeypatch) -> None:
         (["enhance", "a.wav"], "-o"),
         (["enhance", "a.wav", "-o", "b.wav", "--device", "tpu"], "cuda"),
         (["enhance", "a.wav", "-o", "b.wav", "--check", "x"], "--check"),
+        (["enhance", "a.wav", "-o", "b.wav", "--window", "0.5"], 'seconds, 1 at least, or "whole", got \'0.5\''),
+        (["enhance", "a.wav", "-o", "b.wav", "--window", "nan"], "'nan'"),
+        (["enhance", "a.wav", "-o", "b.wav", "--window", "long"], "'long'"),
         (["info", "--seconds", "nan"], "'nan'"),
         (["info", "--seconds", "-1"], "'-1'"),
         (["info", "--seconds", "soon"], "'soon'"),

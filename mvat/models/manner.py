@@ -236,6 +236,7 @@ class Manner(nn.Module):
         return_maps: bool = False,
         return_blocks: bool = False,
         p: float = 2.0,
+        scale: Tensor | None = None,
     ) -> Any:
         """Enhance audio.
 
@@ -245,6 +246,8 @@ class Manner(nn.Module):
             return_maps: give the blocks' Views of attention maps [B, T_l] alone (no y, no feature kept alive).
             return_blocks: give (y, outputs), the multi-view blocks' outputs [B, c, T_l].
             p: the power of the maps, at least 1.
+            scale: the standard deviation [B, 1, 1] to normalise by in place of x's own: that of the whole, where x is a
+                part of a longer recording.
 
         Returns:
             y [B, out_channels, T], or as above.
@@ -261,9 +264,13 @@ class Manner(nn.Module):
             raise ValueError("Manner: only one of return_views, return_maps, return_blocks can be asked for")
         want = "views" if return_views else "maps" if return_maps else "blocks" if return_blocks else ""
         length = x.shape[2]
-        # The standard deviation of a single sample is not defined; it is taken as silence.
-        defined = length > 1 and x.shape[0] > 0
-        scale = x.mean(1, keepdim=True).std(2, keepdim=True) if defined else x.new_zeros(x.shape[0], 1, 1)
+        if scale is None:
+            # The standard deviation of a single sample is not defined; it is taken as silence.
+            defined = length > 1 and x.shape[0] > 0
+            scale = x.mean(1, keepdim=True).std(2, keepdim=True) if defined else x.new_zeros(x.shape[0], 1, 1)
+        elif not isinstance(scale, Tensor) or scale.shape != (x.shape[0], 1, 1):
+            given = list(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
+            raise ValueError(f"Manner: scale must be a tensor [{x.shape[0]}, 1, 1], got {given}")
         x = x / (1e-3 + scale)
         c = self.config
         x = F.pad(x, (0, valid_length(length, c["depth"], c["kernel_size"], c["stride"]) - length))
