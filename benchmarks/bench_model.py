@@ -34,6 +34,8 @@ def _onnx_session(preset: str, samples: int, batch: int) -> Run:
     program = torch.onnx.export(build(preset), (torch.zeros(batch, 1, samples),), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning into the next variant's samples.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
         program.save(path)
