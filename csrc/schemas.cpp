@@ -79,4 +79,17 @@ STABLE_TORCH_LIBRARY(mvat, m) {
         " Tensor gates_bias, Tensor last, Tensor last_bias, Tensor? shortcut, Tensor? shortcut_weight, Tensor? shortcut_bias,"
         " Tensor? shortcut_mean, Tensor? shortcut_var, float eps, float shortcut_eps)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Blocks for inference, float32, their batch norms folded into weights and biases. conv_act: weight [kernel, out, in].
+  m.def("conv_act(Tensor x, Tensor weight, Tensor bias, int stride, int padding, bool transposed, int activation) -> Tensor");
+  // y = relu(last silu(middle silu(depthwise glu(first x))) + shortcut x): [out, in] each, depthwise [in, kernel]; the last
+  // bias is that of both.
+  m.def("conformer_block(Tensor x, Tensor first, Tensor first_bias, Tensor depthwise, Tensor depthwise_bias, Tensor middle,"
+        " Tensor middle_bias, Tensor last, Tensor shortcut, Tensor last_bias) -> Tensor");
+  // y = relu(last (tanh . sigmoid)(gates relu(branches views))) + shortcut x: branches [3, 3 taps, n, n], gates [2 hidden, 3 n].
+  m.def("multi_view_merge(Tensor x, Tensor view0, Tensor view1, Tensor view2, Tensor branches, Tensor branches_bias, Tensor gates,"
+        " Tensor gates_bias, Tensor last, Tensor last_bias, Tensor shortcut, Tensor shortcut_bias) -> Tensor");
+
+  // A number that some values a tensor leave: another one tells that the tensors were written to.
+  m.def("fingerprint(Tensor[] tensors) -> int");
 }

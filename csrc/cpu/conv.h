@@ -103,11 +103,11 @@ MVAT_INLINE void multiply_block(const Conv& conv, const T* weight, const T* pane
 
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void product_rows(const Conv& conv, const T* weight, const T* bias, const T* panel, int64_t panel_row, int64_t phase,
-                              int64_t c0, int64_t c1, T* out, int64_t out_row) {
+                              int64_t c0, int64_t c1, bool add, T* out, int64_t out_row) {
   typename Simd<T, L>::Vector acc[MR][NV];
   MVAT_UNROLL for (int r = 0; r < MR; r++)
     MVAT_UNROLL for (int v = 0; v < NV; v++) {
-      if (c0) {
+      if (add) {
         acc[r][v] = *(const typename Simd<T, L>::Memory*)(out + r * out_row + v * L);
       } else {
         acc[r][v] = typename Simd<T, L>::Vector{} + (bias ? bias[r] : T(0));
@@ -120,21 +120,21 @@ MVAT_INLINE void product_rows(const Conv& conv, const T* weight, const T* bias, 
 
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void product_columns(const Conv& conv, const T* weight, const T* bias, const T* panel, int64_t panel_row, int64_t c0,
-                                 int64_t c1, T* out, int64_t out_row) {
+                                 int64_t c1, bool add, T* out, int64_t out_row) {
   for (int64_t q = 0; q < conv.phases_out(); q++, out += conv.out * out_row) {
     int64_t o = 0;
     for (; o + MR <= conv.out; o += MR)
-      product_rows<T, L, NV, MR>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, MR>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1, add,
                                  out + o * out_row, out_row);
     if constexpr (MR > 4)
       for (; o + 4 <= conv.out; o += 4)
-        product_rows<T, L, NV, 4>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+        product_rows<T, L, NV, 4>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1, add,
                                   out + o * out_row, out_row);
     for (; o + 2 <= conv.out; o += 2)
-      product_rows<T, L, NV, 2>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, 2>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1, add,
                                 out + o * out_row, out_row);
     for (; o < conv.out; o++)
-      product_rows<T, L, NV, 1>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1,
+      product_rows<T, L, NV, 1>(conv, weight + o * conv.in, bias ? bias + o : nullptr, panel, panel_row, q, c0, c1, add,
                                 out + o * out_row, out_row);
   }
 }
@@ -182,21 +182,22 @@ MVAT_INLINE void filter_gradient(const Conv& conv, const T* grad, const T* panel
   }
 }
 
-// out [rows_out, columns] = bias + weight * panel. Both have room for whole vectors of columns.
+// out [rows_out, columns] = bias + weight * panel, or with `add` that much more. Both have room for whole vectors of columns.
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void product(const Conv& conv, const T* weight, const T* bias, const T* panel, int64_t panel_row, int64_t columns,
-                         T* out, int64_t out_row) {
-  if (conv.is_filter()) return filter<T, L>(conv, weight, bias ? *bias : T(0), panel, columns, out);
+                         T* out, int64_t out_row, bool add = false) {
+  if (conv.is_filter() && !add) return filter<T, L>(conv, weight, bias ? *bias : T(0), panel, columns, out);
   // So many channels that a block of the panel's columns stays in the first cache while every row of the weight passes it.
   const int64_t most = std::max<int64_t>(16, 160 / conv.phases_in());
   const int64_t parts = (conv.in + most - 1) / most, step = (conv.in + parts - 1) / parts;
   for (int64_t c0 = 0; c0 < conv.in; c0 += step) {
     const int64_t c1 = std::min(conv.in, c0 + step);
+    const bool more = add || c0 > 0;
     int64_t t = 0;
     for (; t + (NV - 1) * L < columns; t += NV * L)
-      product_columns<T, L, NV, MR>(conv, weight, bias, panel + t, panel_row, c0, c1, out + t, out_row);
+      product_columns<T, L, NV, MR>(conv, weight, bias, panel + t, panel_row, c0, c1, more, out + t, out_row);
     for (; t < columns; t += L)
-      product_columns<T, L, 1, MR>(conv, weight, bias, panel + t, panel_row, c0, c1, out + t, out_row);
+      product_columns<T, L, 1, MR>(conv, weight, bias, panel + t, panel_row, c0, c1, more, out + t, out_row);
   }
 }
 

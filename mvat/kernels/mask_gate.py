@@ -2,10 +2,10 @@
 
     y = relu(W3 (tanh(W1 u + b1) * sigmoid(W2 u + b2)) + b3) + shortcut_norm(shortcut),        u = norm(x)
 
-All three are 1x1 convolutions; the norms are left out where none is given. The CPU kernel (csrc/cpu/mask_gate.cpp) takes a
-tile of samples through all products in cache: x and the shortcut are read once and y is written once. Its backward pass keeps
-nothing but the inputs and makes the gates anew. Source: Park et al., "MANNER", ICASSP 2022; the gate itself is that of WaveNet
-(van den Oord et al., 2016).
+All three are 1x1 convolutions; the norms are left out where none is given. The CPU kernel (csrc/cpu/mask_gate.cpp)
+takes a tile of samples through all products in cache: x and the shortcut are read once and y is written once. Its
+backward pass keeps nothing but the inputs and makes the gates anew. Source: Park et al., "MANNER", ICASSP 2022; the
+gate itself is that of WaveNet (van den Oord et al., 2016).
 """
 
 import torch
@@ -69,7 +69,8 @@ def mask_gate(
         shortcut: [B, o, T], added after the ReLU, or None.
         norm, shortcut_norm: batch norms of x and of the shortcut, where those are raw outputs of a convolution.
         training: True takes the norms' statistics of the batch and updates the running ones in place.
-        statistics, shortcut_statistics: those of x and of the shortcut, from the stages that made them (`norm_act_conv`).
+        statistics, shortcut_statistics: those of x and of the shortcut, from the stages that made them
+            (`norm_act_conv`).
 
     Returns:
         [B, o, T].

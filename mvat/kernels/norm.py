@@ -62,7 +62,7 @@ def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
 def applied(norm: Norm | None, x: Tensor, training: bool, statistics: Tensor | None = None) -> Applied:
     """What a fused operator applies to x [B, C, T]: the running statistics, or in training those of the batch.
 
-    In training the running statistics are moved. `statistics` are x's own, [2, C], where its producer has gathered them.
+    In training the running statistics are moved. `statistics` are x's own, [2, C], where its producer gathered them.
 
     Raises:
         ValueError: in training with a single value a channel, which has no variance.
@@ -85,7 +85,7 @@ def applied(norm: Norm | None, x: Tensor, training: bool, statistics: Tensor | N
 
 
 def norm_gradient(dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float, training: bool) -> Tensor:
-    """The gradient of x from dz, the one behind the norm, and dz's sums [2, C]: of itself and of dz times normalised x."""
+    """The gradient of x from dz, the one behind the norm, and sums [2, C] of dz and of dz times the normalised x."""
     weight, _, mean, var = norm
     if weight is None:
         return dz

@@ -305,7 +305,8 @@ def _act_backward(ctx, grad):
     dz, sums, shortcut_sums = torch.ops.mvat.norm_act_backward(
         grad, *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation
     )
-    gradients = [norm_gradient(dz, x, norm, sums, ctx.eps, ctx.training), sums[1], sums[0], None, None, None, None, None]
+    dx = norm_gradient(dz, x, norm, sums, ctx.eps, ctx.training)
+    gradients = [dx, sums[1], sums[0], None, None, None, None, None]
     if shortcut is not None:
         gradients[5] = norm_gradient(dz, shortcut, shortcut_norm, shortcut_sums, ctx.shortcut_eps, ctx.training)
         if shortcut_norm[0] is not None:

@@ -15,6 +15,8 @@ from mvat.kernels import (
     norm_act_conv,
 )
 from mvat.kernels.checks import check_integer, check_segment_len
+from mvat.kernels.norm_act_conv import ACTIVATIONS
+from mvat.models.folded import conv_norm, folded, ready, stacked
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
 
@@ -57,6 +59,26 @@ def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, ac
 def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
     """activation(bn(x)): the end of a chain."""
     return norm_act(x.features, Norm.of(bn), activation, training=bn.training, statistics=x.statistics)
+
+
+def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
+    """A chain of one stage: convolution, batch norm where there is one, ReLU where there is one."""
+    conv, *rest = stage
+    bn = rest[0] if rest and isinstance(rest[0], nn.BatchNorm1d) else None
+    activation = "relu" if rest and isinstance(rest[-1], nn.ReLU) else "identity"
+    weights = folded(stage, x, lambda stage: _fold_stage(conv, bn))
+    if weights is not None:
+        where = conv.stride[0], conv.padding[0], isinstance(conv, nn.ConvTranspose1d)
+        return torch.ops.mvat.conv_act(x, *weights, *where, list(ACTIVATIONS).index(activation))
+    y = conv_stage(x, conv)
+    if bn is not None:
+        return chain_end(y, bn, activation)
+    return y.features
+
+
+def _fold_stage(conv: Conv, bn: nn.BatchNorm1d | None) -> list[Tensor]:
+    weight, bias = conv_norm(conv, bn)
+    return ready(weight.permute(2, 0, 1), bias)
 
 
 class BasicConv(nn.Module):
@@ -116,7 +138,17 @@ class ResCon(nn.Module):
         self.conv = BasicConv(out_channels, out_channels)
         self.shortcut = BasicConv(in_channels, out_channels)
 
+    def _fold(self) -> list[Tensor]:
+        first, depthwise, middle = (
+            conv_norm(stage[0].conv, stage[1]) for stage in (self.point_conv1, self.depth_conv, self.point_conv2)
+        )
+        last, shortcut = (conv_norm(stage.conv, stage.bn) for stage in (self.conv, self.shortcut))
+        return ready(*first, depthwise[0][:, 0], *depthwise[1:], *middle, last[0], shortcut[0], last[1] + shortcut[1])
+
     def forward(self, x: Tensor) -> Tensor:
+        weights = folded(self, x, ResCon._fold)
+        if weights is not None:
+            return torch.ops.mvat.conformer_block(x, *weights)
         u = conv_stage(x, self.point_conv1[0].conv)
         u = conv_stage(u, self.depth_conv[0].conv, self.point_conv1[1], "glu")
         u = conv_stage(u, self.point_conv2[0].conv, self.depth_conv[1], "silu")
@@ -283,16 +315,39 @@ class MultiView(nn.Module):
         self.output_sigmoid = _gate_conv(channels)
         self.gate_conv = _gate_conv(channels)
 
+    def _fold(self) -> list[Tensor]:
+        inner, outer = (
+            [conv_norm(branch.conv, branch.bn) for branch in branches]
+            for branches in (
+                (self.in_branch0, self.in_branch1, self.in_branch2),
+                (self.out_branch0, self.out_branch1, self.out_branch2),
+            )
+        )
+        inner_weight, inner_bias = stacked(inner)
+        branches = torch.stack([weight.permute(2, 0, 1) for weight, _ in outer])
+        # The gates' convolutions follow the merging one without an activation between them: one product.
+        merge_weight, merge_bias = conv_norm(self.conv.conv, self.conv.bn)
+        gates_weight, gates_bias = stacked([conv_norm(gate[0]) for gate in (self.output_tanh, self.output_sigmoid)])
+        gates = gates_weight[..., 0] @ merge_weight[..., 0], gates_bias + gates_weight[..., 0] @ merge_bias
+        last, shortcut = conv_norm(self.gate_conv[0]), conv_norm(self.shortcut.conv, self.shortcut.bn)
+        outer_bias = torch.cat([bias for _, bias in outer])
+        return ready(inner_weight.permute(2, 0, 1), inner_bias, branches, outer_bias, *gates, *last, *shortcut)
+
     def views(self, x: Tensor) -> Views:
         """Each view right after its own attention, [B, n, T] (our definition of what is transferred)."""
-        return Views(
-            self.channel_attn(self.in_branch0(x, "relu")),
-            self.global_attn(self.in_branch1(x, "relu")),
-            self.local_attn(self.in_branch2(x, "relu")),
-        )
+        weights = folded(self, x, MultiView._fold)
+        if weights is not None:
+            relu = list(ACTIVATIONS).index("relu")
+            features = torch.ops.mvat.conv_act(x, *weights[:2], 1, 0, False, relu).chunk(3, 1)
+        else:
+            features = tuple(branch(x, "relu") for branch in (self.in_branch0, self.in_branch1, self.in_branch2))
+        return Views(self.channel_attn(features[0]), self.global_attn(features[1]), self.local_attn(features[2]))
 
     def merge(self, x: Tensor, views: Views) -> Tensor:
         """The block's output from its input x and its views."""
+        weights = folded(self, x, MultiView._fold)
+        if weights is not None:
+            return torch.ops.mvat.multi_view_merge(x, *views, *weights[2:])
         channel, global_, local = views
         branches = (
             self.out_branch0(channel, "relu"),

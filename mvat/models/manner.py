@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvat.kernels import attention_map, norm_act_conv
 from mvat.kernels.checks import check_features, check_segment_len
 from mvat.models import pretrained
-from mvat.models.blocks import MaskGate, MultiView, ResCon, Views, chain_end, conv_stage
+from mvat.models.blocks import MaskGate, MultiView, ResCon, Views, conv_end
 from mvat.models.presets import PRESETS
 
 
@@ -30,8 +30,7 @@ class Encoder(nn.Module):
         self.attn_block = attention
 
     def before_attention(self, x: Tensor) -> Tensor:
-        conv, bn, _ = self.down_conv
-        return self.conv_block(chain_end(conv_stage(x, conv), bn, "relu"))
+        return self.conv_block(conv_end(x, self.down_conv))
 
 
 class Decoder(nn.Module):
@@ -46,8 +45,7 @@ class Decoder(nn.Module):
         self.attn_block = attention
 
     def before_attention(self, x: Tensor) -> Tensor:
-        conv, bn, _ = self.up_conv
-        return chain_end(conv_stage(self.conv_block(x), conv), bn, "relu")
+        return conv_end(self.conv_block(x), self.up_conv)
 
 
 class MannerBlock(nn.Module):
@@ -109,8 +107,7 @@ class MannerBlock(nn.Module):
                 case the audio is None and nothing after the last map is computed.
             p: the power of the maps.
         """
-        conv, bn, _ = self.in_conv
-        features = chain_end(conv_stage(x, conv), bn, "relu")
+        features = conv_end(x, self.in_conv)
         collected: list[Any] = []
         skips: list[Tensor] = []
         h: Tensor | None = features
@@ -124,7 +121,7 @@ class MannerBlock(nn.Module):
             h = self._attend(decoder.attn_block, h, want, p, collected)
             if h is None:
                 return None, collected
-        return conv_stage(features * self.mask_gate(h), self.out_conv[0]).features, collected
+        return conv_end(features * self.mask_gate(h), self.out_conv), collected
 
 
 def valid_length(length: int, depth: int, kernel_size: int, stride: int) -> int:
