@@ -33,6 +33,10 @@ class Encoder(nn.Module):
         conv, bn, _ = self.down_conv
         return self.conv_block(chain_end(conv_stage(x, conv), bn, "relu"))
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_attention(x)
+        return x if self.attn_block is None else self.attn_block(x)
+
 
 class Decoder(nn.Module):
     """Conformer block, transposed convolution, multi-view attention: [B, 2 c, T] -> [B, c, (T - 1) S + K]."""
@@ -48,6 +52,10 @@ class Decoder(nn.Module):
     def before_attention(self, x: Tensor) -> Tensor:
         conv, bn, _ = self.up_conv
         return chain_end(conv_stage(self.conv_block(x), conv), bn, "relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_attention(x)
+        return x if self.attn_block is None else self.attn_block(x)
 
 
 class MannerBlock(nn.Module):
