@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import mvat
+from benchmarks import patch_check
 from tests import manner_twin as twin
 from tests.manner_twin import MANNER
 
@@ -577,3 +578,16 @@ def test_distributed_data_parallel(tmp_path) -> None:
         assert_same(run(model.module, x), run(plain, x) and run(plain, x))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_check_on_a_checkout_of_manner(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "models.py").write_text(
+        "from tests import manner_twin\n"
+        "class MANNER(manner_twin.MANNER):\n"
+        "    def __init__(self, in_channels, out_channels, growth, **sizes):\n"
+        "        super().__init__(**sizes)\n"
+    )
+    assert patch_check.main(["tiny", "--manner", str(tmp_path), "--seconds", "0.01", "--steps", "2"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[:2] == ["tiny", "Manner"] and row[4] == "true" and min(map(float, row[5:])) > 0
