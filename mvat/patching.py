@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mvat.kernels import use_backend
-from mvat.models.blocks import MaskGate, MultiView, ResCon
-from mvat.models.manner import Decoder, Encoder, Manner
+from mvat.models.recognition import Kind, difference, kind_of
 
 __all__ = ["Part", "PatchReport", "patch", "patch_report", "unpatch"]
 
@@ -220,10 +219,10 @@ def _findings(model: nn.Module) -> Iterator[_Finding]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        kind = next((kind for kind in _KINDS if kind.names <= _children(module)), None)
+        kind = kind_of(module)
         part = Part(name, kind.ours.__name__ if kind else "", type(module).__name__)
         if reason := _closed(module):
-            if any(other.names <= _children(inner) for inner in module.modules() for other in _KINDS):
+            if any(kind_of(inner) for inner in module.modules()):
                 yield _Finding(part._replace(reason=f"it {reason}"), False, [])
             return
         if kind is not None:
@@ -240,10 +239,6 @@ def _findings(model: nn.Module) -> Iterator[_Finding]:
             yield from visit(f"{name}.{child_name}".lstrip("."), child)
 
     return visit("", model)
-
-
-def _children(module: nn.Module) -> set[str]:
-    return {name for name, _ in module.named_children()}
 
 
 def _opened(model: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -265,7 +260,7 @@ def _closed(module: nn.Module) -> str:
     if isinstance(module, torch.fx.GraphModule):
         return "is a traced graph: patch the module that it was made from"
     # torch.compile's wrapper, told by its child, as to import its class takes a second or two.
-    if "_orig_mod" in _children(module) or module._compiled_call_impl is not None:
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return "is compiled: patch or unpatch before torch.compile"
     return ""
 
@@ -273,152 +268,19 @@ def _closed(module: nn.Module) -> str:
 # The examination.
 
 
-class _Kind(NamedTuple):
-    """A class of ours that can take a module's place.
-
-    Attributes:
-        names: of the children by which such a module is known.
-        build: ours, of the module's sizes.
-        trial: channels and samples of an input to try it with, given ours.
-    """
-
-    ours: type[nn.Module]
-    names: frozenset[str]
-    build: Callable[[Any], Any]
-    trial: Callable[[Any], tuple[int, int]]
-
-
-def _build_multi_view(module: Any) -> MultiView:
-    width, segment_len = module.global_attn.w_qs.weight.shape
-    return MultiView(module.shortcut.conv.weight.shape[0], segment_len, math.isqrt(width // segment_len))
-
-
-def _build_layer(ours: type[Encoder | Decoder], conv: Any, module: Any) -> Encoder | Decoder:
-    attention = getattr(module, "attn_block", None)
-    attention = None if attention is None else _build_multi_view(attention)
-    return ours(conv.weight.shape[0], conv.kernel_size[0], conv.stride[0], attention)
-
-
-def _build_manner(module: Any) -> Manner:
-    block = module.manner_block
-    hidden, in_channels, _ = block.in_conv[0].weight.shape
-    conv = block.encoder[0].down_conv[0]
-    deepest = _build_multi_view(block.encoder[len(block.encoder) - 1].attn_block).global_attn
-    return Manner(
-        in_channels=in_channels,
-        out_channels=block.out_conv[0].weight.shape[0],
-        hidden=hidden,
-        depth=len(block.encoder),
-        kernel_size=conv.kernel_size[0],
-        stride=conv.stride[0],
-        head=deepest.head,
-        segment_len=deepest.segment_len,
-        attention_layers="deepest" if getattr(block.encoder[0], "attn_block", None) is None else "all",
-    )
-
-
-_KINDS = (
-    _Kind(
-        Manner,
-        frozenset({"manner_block"}),
-        _build_manner,
-        # A few samples at the deepest level, and one more, so that there is something to pad.
-        lambda ours: (
-            ours.config["in_channels"],
-            4 * ours.config["stride"] ** ours.config["depth"] + ours.config["kernel_size"] + 1,
-        ),
-    ),
-    _Kind(
-        Encoder,
-        frozenset({"down_conv", "conv_block"}),
-        lambda module: _build_layer(Encoder, module.down_conv[0], module),
-        lambda ours: (
-            ours.down_conv[0].in_channels,
-            20 * ours.down_conv[0].stride[0] + ours.down_conv[0].kernel_size[0],
-        ),
-    ),
-    _Kind(
-        Decoder,
-        frozenset({"conv_block", "up_conv"}),
-        lambda module: _build_layer(Decoder, module.up_conv[0], module),
-        lambda ours: (ours.conv_block.shortcut.conv.in_channels, 20),
-    ),
-    _Kind(
-        MultiView,
-        frozenset({"in_branch0", "global_attn", "local_attn"}),
-        _build_multi_view,
-        lambda ours: (ours.shortcut.conv.in_channels, 2 * ours.global_attn.segment_len + 1),
-    ),
-    _Kind(
-        ResCon,
-        frozenset({"point_conv1", "depth_conv", "point_conv2"}),
-        lambda module: ResCon(*reversed(module.shortcut.conv.weight.shape[:2])),
-        lambda ours: (ours.shortcut.conv.in_channels, 40),
-    ),
-    _Kind(
-        MaskGate,
-        frozenset({"output", "output_gate", "mask"}),
-        lambda module: MaskGate(module.output[0].weight.shape[0]),
-        lambda ours: (ours.output[0].in_channels, 20),
-    ),
-)
-
-
-def _examine(module: nn.Module, kind: _Kind, parents: Mapping[int, list[nn.Module]]) -> tuple[str, list[_Swap]]:
+def _examine(module: nn.Module, kind: Kind, parents: Mapping[int, list[nn.Module]]) -> tuple[str, list[_Swap]]:
     """Why the module cannot be taken, or "" and the swaps that take it."""
     try:
         with torch.device("meta"):
             ours = kind.build(module)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         return f"its parts are not those of {kind.ours.__name__}: {_first_line(error)}", []
-    reason = _obstacle(module, parents) or _difference(module, ours)
+    reason = _obstacle(module, parents) or difference(module, ours)
     if reason:
         return reason, []
     reason, swaps = _swaps(module, ours)
     reason = reason or _trial(module, ours, *kind.trial(ours))
     return reason, [] if reason else swaps
-
-
-#: Modules without parameters that the original has where ours computes the same in its kernels.
-_ACTIVATIONS = (nn.ReLU, nn.GLU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Identity)
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_SETTINGS: dict[type, tuple[str, ...]] = {
-    nn.Conv1d: _CONV,
-    nn.ConvTranspose1d: (*_CONV, "output_padding"),
-    nn.BatchNorm1d: ("affine", "track_running_stats"),
-}
-
-
-def _difference(module: nn.Module, ours: nn.Module) -> str:
-    """The first difference in structure, "" where there is none."""
-    theirs = dict(module.named_modules(remove_duplicate=False))
-    expected = dict(ours.named_modules())
-    for name, part in expected.items():
-        if name not in theirs:
-            return f"it has no {name}"
-        other = theirs[name]
-        is_torch = type(part).__module__.startswith("torch.")
-        # Subclasses of PyTorch's own may compute anything, parametrised ones are such.
-        if is_torch and type(other) is not type(part):
-            return f"{name} is a {type(other).__name__} instead of a {type(part).__name__}"
-        for setting in _SETTINGS.get(type(part), ()):
-            given, wanted = getattr(other, setting), getattr(part, setting)
-            if given != wanted:
-                return f"{name} has {setting} {given!r} instead of {wanted!r}"
-        if isinstance(other, nn.BatchNorm1d) and other.momentum is None:
-            return f"{name} has no momentum"
-        for tensors in ("_parameters", "_buffers"):
-            shapes = [{k: list(v.shape) for k, v in vars(m)[tensors].items() if v is not None} for m in (other, part)]
-            if shapes[0] != shapes[1]:
-                return f"{name or 'it'} has {tensors[1:]} {shapes[0]} instead of {shapes[1]}"
-    for name, other in theirs.items():
-        if name in expected:
-            continue
-        if next(other.parameters(), None) is not None or next(other.buffers(), None) is not None:
-            return f"it has a part with parameters of its own, {name}"
-        if type(other).__module__.startswith("torch.") and not isinstance(other, _ACTIVATIONS):
-            return f"it has a {type(other).__name__} of its own, {name}"
-    return ""
 
 
 def _obstacle(module: nn.Module, parents: Mapping[int, list[nn.Module]]) -> str:
