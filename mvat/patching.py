@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
     Attributes:
         name: as in `named_modules`, "" for the model itself.
-        kind: the name of our class, "" where there is no telling.
+        kind: the name of our class.
         original: the name of the model's own class.
         reason: why it was left alone, or what there is to know of a part that was taken.
     """
@@ -45,8 +45,8 @@ class Part(NamedTuple):
     reason: str = ""
 
     def __str__(self) -> str:
-        kind = f" as {self.kind}" if self.kind else ""
-        return f"{self.name or 'the model'} ({self.original}){kind}" + (f": {self.reason}" if self.reason else "")
+        name = f"{self.name or 'the model'} ({self.original}) as {self.kind}"
+        return f"{name}: {self.reason}" if self.reason else name
 
 
 class PatchReport(NamedTuple):
@@ -69,7 +69,8 @@ def patch(model: nn.Module) -> nn.Module:
     and the mask gate of the repository winddori2002/MANNER, base and small, alone or anywhere inside the model.
     Modules, parameters, buffers, state_dict, modes, optimisers and class names stay what they are: the modules' classes
     become subclasses of theirs and ours, so that `isinstance` and their methods still hold. A network that is taken
-    whole also has what `mvat.Manner` has, such as `save_pretrained` and `return_maps`. Patch before torch.compile.
+    whole also has what `mvat.Manner` has, such as `save_pretrained` and `return_maps`. Patch before torch.compile. It
+    takes seconds, in which a float64 copy of what is to be taken is tried.
 
     A model that was patched before is looked at afresh, and so are hooks that were registered since: one inside a part
     that is taken is never called.
@@ -215,30 +216,27 @@ def _findings(model: nn.Module) -> Iterator[_Finding]:
 
     seen: set[int] = set()
 
-    def visit(name: str, module: nn.Module) -> Iterator[_Finding]:
+    def visit(name: str, module: nn.Module, closed: str) -> Iterator[_Finding]:
         if id(module) in seen:
             return
         seen.add(id(module))
+        closed = closed or _closed(module)
         kind = kind_of(module)
-        part = Part(name, kind.ours.__name__ if kind else "", type(module).__name__)
-        if reason := _closed(module):
-            if any(kind_of(inner) for inner in module.modules()):
-                yield _Finding(part._replace(reason=f"it {reason}"), False, [])
-            return
         if kind is not None:
+            part = Part(name, kind.ours.__name__, type(module).__name__)
             if isinstance(module, kind.ours):
                 hooked = _hooked(module)
                 note = f"{hooked} has hooks, which are not called; mvat.patch looks at it afresh" if hooked else ""
                 yield _Finding(part._replace(reason=note if _is_patched(module) else "mvat's own"), True, [])
                 return
-            reason, swaps = _examine(module, kind, parents)
+            reason, swaps = (f"it {closed}", []) if closed else _examine(module, kind, parents)
             yield _Finding(part._replace(reason=reason), not reason, swaps)
-            if not reason:
+            if closed or not reason:
                 return
         for child_name, child in module.named_children():
-            yield from visit(f"{name}.{child_name}".lstrip("."), child)
+            yield from visit(f"{name}.{child_name}".lstrip("."), child, closed)
 
-    return visit("", model)
+    return visit("", model, "")
 
 
 def _opened(model: nn.Module, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
