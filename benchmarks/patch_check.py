@@ -1,7 +1,7 @@
 """python -m benchmarks.patch_check --manner PATH: mvat.patch on MANNER's own code, from a checkout of its repository.
 
-For each size: by how much answers and gradients change in float64; the errors of answers, and of the losses of a
-training, in float32 against MANNER's own code in float64; whether the state_dict is the same; the time of a forward
+For each size: by how much answers and gradients change in float64; the errors of answers, gradients and the losses of a
+training in float32, against MANNER's own code in float64; whether the state_dict is the same; the time of a forward
 pass beside the unpatched model's and our own preset's. Ends with status 1 where one of the bounds below is passed.
 """
 
@@ -19,16 +19,16 @@ import mvat
 from benchmarks import machine, original, shapes
 from benchmarks.steps import audio
 from benchmarks.timing import Clock, busy, interleave, quartiles, rounds
-from mvat.losses import weighted_mrstft_loss
 
-#: The most that answers and gradients may change by in float64, as a share of their size.
+#: The most that answers and gradients may change by in float64, as a share of their norm.
 CHANGE = 1e-5
-#: The most that a float32 error may be, in errors of MANNER's own code, and the least loss that is told apart.
-ERRORS, LOSS = 2.0, 1e-3
+#: The most that an error of answers or gradients in float32 may be, in errors of MANNER's own code.
+ERRORS = 2.0
+#: The most that a loss may differ by from the one in float64.
+LOSS = 1e-3
 #: Clips of a training step and their samples: a quarter of a second, as MANNER's own code takes its time.
 CLIPS, SAMPLES = 2, 4_000
-#: As in MANNER's own configuration. The training is chaotic: rounding grows from step to step, in float64 too.
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-4
 SECONDS_TO_TIME = 15.0
 
 
@@ -40,6 +40,7 @@ class Comparison(NamedTuple):
     change: float
     gradients_change: float
     errors: tuple[float, float]
+    gradient_errors: tuple[float, float]
     loss_errors: tuple[float, float]
     same_state: bool
     times: tuple[float, float]
@@ -51,18 +52,21 @@ class Comparison(NamedTuple):
             self.same_state
             and max(self.change, self.gradients_change) <= CHANGE
             and self.errors[1] <= ERRORS * self.errors[0]
-            and self.loss_errors[1] <= max(ERRORS * self.loss_errors[0], LOSS)
+            and self.gradient_errors[1] <= ERRORS * self.gradient_errors[0]
+            and self.loss_errors[1] <= LOSS
         )
 
     def __str__(self) -> str:
         cells = [self.preset, self.taken, f"{self.change:.0e}", f"{self.gradients_change:.0e}"]
-        cells += [f"{mine:.1e}, {patched:.1e}" for mine, patched in (self.errors, self.loss_errors)]
+        cells += [
+            f"{mine:.1e}, {patched:.1e}" for mine, patched in (self.errors, self.gradient_errors, self.loss_errors)
+        ]
         cells += ["same" if self.same_state else "another"]
         return " | ".join([*cells, f"{self.times[0]:.4g}, {self.times[1]:.4g}", f"{self.our_time:.4g}"])
 
 
 HEAD = (
-    "size | taken | answers change by | gradients change by | errors: MANNER, patched | loss errors: MANNER, patched | "
+    "size | taken | answers change by | gradients change by | errors: MANNER, patched | of gradients | of losses | "
     "state_dict | ms: MANNER, patched | ms: preset"
 )
 
@@ -94,14 +98,15 @@ def compare(manner: Path, preset: str, seconds: float, steps: int, device: str) 
 
     exact_losses, exact_gradients = train(copy.deepcopy(plain).double(), steps)
     gradients_change = _distance(train(copy.deepcopy(patched).double(), 1)[1], exact_gradients)
-    losses = [train(copy.deepcopy(model), steps)[0] for model in models[:2]]
+    trainings = [train(copy.deepcopy(model), steps) for model in models[:2]]
     return Comparison(
         preset,
         ", ".join(part.kind for part in mvat.patch_report(patched).taken),
         _distance(changed, exact),
         gradients_change,
         errors,
-        tuple(float((values - exact_losses).abs().max()) for values in losses),
+        tuple(_distance(gradients, exact_gradients) for _, gradients in trainings),
+        tuple(float((losses - exact_losses).abs().max()) for losses, _ in trainings),
         same_state,
         (times[0], times[1]),
         times[2],
@@ -109,7 +114,11 @@ def compare(manner: Path, preset: str, seconds: float, steps: int, device: str) 
 
 
 def train(model: nn.Module, steps: int) -> tuple[Tensor, Tensor]:
-    """The losses of a training on one batch of noise, the same at every call, and the first step's gradients."""
+    """The losses of a training on one batch of noise, the same at every call, and the first step's gradients.
+
+    The loss is the absolute error of MANNER's recipe. Its STFT part is chaotic on noise: there MANNER's own float32
+    losses are thousandths away from its float64 ones after three steps.
+    """
     torch.manual_seed(0)
     like = next(model.parameters())
     clean, noisy = (clip.to(like.device, like.dtype) for clip in audio(CLIPS, SAMPLES))
@@ -118,7 +127,7 @@ def train(model: nn.Module, steps: int) -> tuple[Tensor, Tensor]:
     gradients = like.new_empty(0)
     for step in range(steps):
         optimizer.zero_grad()
-        loss = weighted_mrstft_loss(model(noisy), clean, noisy)
+        loss = (model(noisy) - clean).abs().mean()
         loss.backward()
         if step == 0:
             gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -128,8 +137,8 @@ def train(model: nn.Module, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _distance(value: Tensor, expected: Tensor) -> float:
-    """The largest difference as a share of the largest value."""
-    return float((value - expected).abs().max() / expected.abs().max())
+    """The difference's norm as a share of the value's."""
+    return float((value - expected).norm() / expected.norm())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

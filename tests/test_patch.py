@@ -605,4 +605,4 @@ def test_the_check_on_a_checkout_of_manner(
     )
     assert patch_check.main(["tiny", "--manner", str(tmp_path), "--seconds", "0.01", "--steps", "2"]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
-    assert row[:2] == ["tiny", "Manner"] and row[6] == "same" and float(row[8]) > 0
+    assert row[:2] == ["tiny", "Manner"] and row[7] == "same" and float(row[9]) > 0
