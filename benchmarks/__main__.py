@@ -21,6 +21,7 @@ import torch
 from benchmarks import machine, results
 from benchmarks.floors import Rates
 from benchmarks.harness import Case, Settings, measure
+from benchmarks.original import checkout
 from benchmarks.results import Row
 from benchmarks.timing import busy, disagree
 
@@ -101,13 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--missing", action="store_true", help="leave out what results of this machine and code hold")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many seconds")
-    parser.add_argument("--manner", type=Path, help="a checkout of MANNER's original repository, to compare with")
+    parser.add_argument("--manner", type=checkout, help="a checkout of MANNER's original repository, to compare with")
     parser.add_argument(
         "--out", type=Path, default=machine.RESULTS, help="folder of the results (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
-    if options.manner is not None and not (options.manner / "src" / "models.py").is_file():
-        parser.error(f"--manner: {options.manner} is no checkout of MANNER's repository: it has no src/models.py")
 
     device = machine.device()
     torch.set_num_threads(torch.get_num_threads())  # fixed from here on

@@ -1,20 +1,15 @@
 """The whole model, enhancing: the presets against torch.compile, ONNX Runtime and MANNER's original repository."""
 
-import contextlib
-import importlib
 import importlib.util
-import io
 import logging
-import sys
 import tempfile
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import original
 from benchmarks.harness import Case, Run, Settings, Variant
 from benchmarks.peers import compiled, not_fused
 from benchmarks.shapes import Point, build, points
@@ -56,50 +51,9 @@ def _onnx(point: Point, settings: Settings) -> Variant:
     )
 
 
-@contextlib.contextmanager
-def _importable(path: Path) -> Iterator[None]:
-    """The folder's modules can be imported; afterwards the interpreter knows as many modules as before."""
-    former = set(sys.modules)
-    sys.path.insert(0, str(path))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(path))
-        for name in set(sys.modules) - former:
-            if name == "src" or name.startswith("src.") or isinstance(sys.modules[name], _Absent):
-                del sys.modules[name]
-
-
-class _Absent(types.ModuleType):
-    """Stands in for a package that is not installed."""
-
-
-def _import_alone(name: str) -> types.ModuleType:
-    """Import a module although a package is missing that only its training needs, such as neptune."""
-    while True:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("src"):
-                raise
-            sys.modules[error.name] = _Absent(error.name)
-
-
-def _original(path: Path, preset: str) -> nn.Module:
-    """MANNER from a checkout of its authors' repository, with our weights."""
-    ours = build(preset)
-    arguments: dict[str, Any] = dict(ours.config)
-    small = arguments.pop("attention_layers") == "deepest"
-    with _importable(path), contextlib.redirect_stdout(io.StringIO()):
-        module = _import_alone("src.models_small" if small else "src.models")
-        model = module.MANNER(**arguments)
-    model.load_state_dict(ours.state_dict())
-    return model.eval()
-
-
 def _manner(point: Point, manner: Path | None) -> Variant:
     return Variant(
-        lambda: _original(manner, point.preset),
+        lambda: original.build(manner, point.preset),
         algorithm=lambda: build(point.preset),
         missing="" if manner else "no checkout of MANNER's repository was given (--manner PATH)",
     )

@@ -7,13 +7,21 @@ if TYPE_CHECKING:
     from mvat.inference import enhance
     from mvat.kernels import use_backend
     from mvat.models import Manner
+    from mvat.patching import patch, patch_report, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["Manner", "__version__", "enhance", "use_backend"]
+__all__ = ["Manner", "__version__", "enhance", "patch", "patch_report", "unpatch", "use_backend"]
 
 # Looked up at first use, so that `mvat --help` need not wait for PyTorch.
-_HOMES = {"Manner": "mvat.models", "enhance": "mvat.inference", "use_backend": "mvat.kernels"}
+_HOMES = {
+    "Manner": "mvat.models",
+    "enhance": "mvat.inference",
+    "patch": "mvat.patching",
+    "patch_report": "mvat.patching",
+    "unpatch": "mvat.patching",
+    "use_backend": "mvat.kernels",
+}
 _MODULES = ("audio", "inference", "kernels", "losses", "metrics", "models")
 
 

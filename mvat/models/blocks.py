@@ -262,7 +262,7 @@ class LocalAttention(nn.Module):
         self.conv = BasicConv(2, 1, 7, padding=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        depthwise, bn = self.depth_conv
+        depthwise, bn, *_ = self.depth_conv  # MANNER's own has its activation behind them
         return local_attention(
             x,
             depthwise.conv.weight,

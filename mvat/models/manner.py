@@ -32,6 +32,10 @@ class Encoder(nn.Module):
     def before_attention(self, x: Tensor) -> Tensor:
         return self.conv_block(conv_end(x, self.down_conv))
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_attention(x)
+        return x if self.attn_block is None else self.attn_block(x)
+
 
 class Decoder(nn.Module):
     """Conformer block, transposed convolution, multi-view attention: [B, 2 c, T] -> [B, c, (T - 1) S + K]."""
@@ -46,6 +50,10 @@ class Decoder(nn.Module):
 
     def before_attention(self, x: Tensor) -> Tensor:
         return conv_end(self.conv_block(x), self.up_conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_attention(x)
+        return x if self.attn_block is None else self.attn_block(x)
 
 
 class MannerBlock(nn.Module):
