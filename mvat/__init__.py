@@ -14,7 +14,7 @@ __all__ = ["Manner", "__version__", "enhance", "use_backend"]
 
 # Looked up at first use, so that `mvat --help` need not wait for PyTorch.
 _HOMES = {"Manner": "mvat.models", "enhance": "mvat.inference", "use_backend": "mvat.kernels"}
-_MODULES = ("audio", "inference", "kernels", "losses", "metrics", "models")
+_MODULES = ("audio", "export", "inference", "kernels", "losses", "metrics", "models")
 
 
 def __getattr__(name: str) -> Any:
