@@ -5,12 +5,12 @@
     onnx  the graph of the plain PyTorch references, in one file without external data; for ONNX Runtime and others
 
 pt2 and aoti hold what the back end in force runs: with the fused kernels the process that loads the file must
-`import mvat.kernels` before, which registers the operators; under `use_backend("eager")` they need PyTorch alone. An aoti
-package holds machine code for the processor that made it.
+`import mvat.kernels` before, which registers the operators; under `use_backend("eager")` they need PyTorch alone. An
+aoti package holds machine code for the processor that made it.
 
-Input and output are audio [batch, channels, samples], 16 kHz, float32. Batch and samples are dynamic, from `shortest` samples
-on: a signal so short that a single sample is left on the deepest level takes another way through every chunk, and a graph
-knows one. Where a runtime wants fixed shapes, `samples` fixes them, and the batch at 1.
+Input and output are audio [batch, channels, samples], 16 kHz, float32. Batch and samples are dynamic, the latter from
+`shortest` on: below, a single sample is left on the deepest level, and torch.export never takes a size of 1 for a
+dynamic one. Where a runtime wants fixed shapes, `samples` fixes them, and the batch at 1.
 """
 
 import copy
@@ -51,7 +51,7 @@ class Exported(NamedTuple):
 
 
 def shortest(model: Manner) -> int:
-    """The fewest samples that a dynamic export takes: one more than a single sample of the deepest level reaches over."""
+    """The fewest samples that a dynamic export takes: one more than the reach of a single sample on the deepest level."""
     return _valid(model, 1) + 1
 
 
@@ -131,7 +131,9 @@ def _check_model(model: object) -> None:
         raise ValueError("export: the model is in training mode; call model.eval() first")
     for name, value in model.named_parameters():
         if value.device.type != "cpu" or value.dtype != torch.float32:
-            raise ValueError(f"export: the model must be float32 on the CPU, got {name} {value.dtype} on {value.device}")
+            raise ValueError(
+                f"export: the model must be float32 on the CPU, got {name} {value.dtype} on {value.device}"
+            )
 
 
 def _valid(model: Manner, length: int) -> int:

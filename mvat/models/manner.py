@@ -7,6 +7,7 @@ names are those of the official checkpoints, so that an official state_dict load
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -273,7 +274,8 @@ class Manner(nn.Module):
         y, collected = self.manner_block(x, want, p)
         if y is None:
             return collected
-        y = y[..., :length] * scale
+        # A copy: a view's contiguity, which is another where nothing is cut, would become torch.export's condition.
+        y = torch.narrow_copy(y, 2, 0, length) * scale
         return (y, collected) if want else y
 
 
