@@ -51,7 +51,7 @@ class Exported(NamedTuple):
 
 
 def shortest(model: Manner) -> int:
-    """The fewest samples that a dynamic export takes: one more than the reach of a single sample on the deepest level."""
+    """The fewest samples that a dynamic export takes: one more than one sample of the deepest level reaches over."""
     return _valid(model, 1) + 1
 
 
