@@ -306,8 +306,8 @@ def _export(arguments: argparse.Namespace) -> int:
     except RuntimeError as error:  # PyTorch's, of many lines
         raise ValueError(f"{arguments.out}: {str(error).partition(chr(10))[0]}") from error
     print(
-        f"exported {arguments.out}: audio {done.shape} at {SAMPLE_RATE} Hz, {done.error:.0e} of the peak at most from "
-        "the model's output"
+        f"exported {arguments.out}: audio {done.shape} at {SAMPLE_RATE} Hz; largest difference from the model "
+        f"{done.error:.0e} of its peak"
     )
     return 0
 

@@ -81,7 +81,7 @@ def test_an_onnx_file_runs_in_onnx_runtime(model: mvat.Manner, tmp_path: Path) -
     agrees(lambda x: torch.from_numpy(session.run(None, {"noisy": x.numpy()})[0]), model, *SIZES)
 
 
-@pytest.mark.parametrize("samples", [2, 1000])
+@pytest.mark.parametrize("samples", [20])  # shorter than a dynamic program takes
 def test_a_fixed_length_may_be_any(model: mvat.Manner, tmp_path: Path, samples: int) -> None:
     target = tmp_path / "model.pt2"
     with mvat.use_backend("eager"):

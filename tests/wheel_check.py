@@ -47,7 +47,7 @@ def check(wheel: Path, folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MVAT_"))}
 
     def run(*command: str | Path) -> str:
-        print("wheel:", *(str(word).splitlines()[0] for word in command if str(word).strip()), flush=True)
+        print("wheel:", *(str(word).strip().partition("\n")[0] for word in command), flush=True)
         result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
         print(result.stdout, end="")
         if result.returncode:
