@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help venv demo test bench bench-kernels bench-quick docs clean
+.PHONY: help venv demo test bench bench-kernels bench-quick docs wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo 'make test    lint, type check and test (at most 6 minutes)'
 	@echo 'make bench   measure everything next to its peers and its floor (bench-kernels: the ops; bench-quick: answers only)'
 	@echo 'make docs    build the documentation: open site/index.html'
+	@echo 'make wheel   build a wheel for every Python from 3.11 on into dist/ (wheel-check: use it in an empty environment)'
 	@echo 'make venv    only prepare .venv: the pinned requirements and the built package'
 	@echo 'make clean   remove build outputs and caches; .venv, data/ and runs/ stay'
 	@echo 'Another Python: make PYTHON=python3.12 test'
@@ -39,6 +40,14 @@ bench-quick: venv
 
 docs: venv
 	$(BIN)/mkdocs build --strict
+
+# Built anew from the sources: setuptools would pack what a former build left there.
+wheel: venv
+	rm -rf build/lib* build/bdist* dist/mvat-*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+
+wheel-check: wheel
+	$(BIN)/python tests/wheel_check.py dist/mvat-*.whl
 
 # The two stamps are written last, so that an interrupted step is done again.
 $(VENV)/.installed: requirements.txt

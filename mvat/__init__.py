@@ -22,7 +22,7 @@ _HOMES = {
     "unpatch": "mvat.patching",
     "use_backend": "mvat.kernels",
 }
-_MODULES = ("audio", "inference", "kernels", "losses", "metrics", "models")
+_MODULES = ("audio", "export", "inference", "kernels", "losses", "metrics", "models")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command `mvat`: info, enhance, doctor.
+"""The command `mvat`: info, enhance, export, doctor.
 
 Exit status: 0 all done, 1 some files of many failed (or the extension is broken), 2 something that the user must mend.
 PyTorch and the audio packages are imported by the commands that need them, so that --help is quick.
@@ -27,6 +27,7 @@ examples:
   mvat enhance recordings/ more/a.flac -o enhanced/ --checkpoint best.pt --device cuda
   mvat enhance lecture.flac -o enhanced.flac --checkpoint best.pt --window 20
   mvat info --preset s-8.1gf --seconds 10
+  mvat export --checkpoint best.pt --format onnx -o model.onnx
   mvat doctor
 """
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mvat {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info|enhance|doctor")
+    commands = parser.add_subparsers(required=True, metavar="info|enhance|export|doctor")
 
     info = commands.add_parser("info", allow_abbrev=False, help="the presets and what they cost")
     info.add_argument("--preset", metavar="NAME", help="this one only")
@@ -89,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="for a single file the file to write (.wav or .flac) or a folder, else a folder; made where missing",
     )
-    model = enhance.add_mutually_exclusive_group()
-    model.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="a model's folder, a run folder, a .pt or .pth file, or a name on the Hugging Face hub",
-    )
-    model.add_argument("--preset", metavar="NAME", help="untrained weights, for timing and trying the plumbing only")
+    _add_model(enhance)
     enhance.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
@@ -115,9 +110,36 @@ def _parser() -> argparse.ArgumentParser:
     enhance.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     enhance.set_defaults(run=_enhance)
 
+    export = commands.add_parser(
+        "export",
+        allow_abbrev=False,
+        help="write a model for another runtime",
+        description="Write a model for another runtime: torch.export (pt2), AOTInductor (aoti, which compiles for "
+        "minutes) or ONNX (onnx). The file is run and compared with the model before it takes its name. Loading pt2 or "
+        "aoti takes `import mvat.kernels`, which registers the fused operators.",
+    )
+    _add_model(export)
+    export.add_argument("--format", required=True, metavar="pt2|aoti|onnx", help="what to write")
+    export.add_argument("-o", "--out", required=True, help="the file to write, ending in .pt2 or .onnx")
+    export.add_argument(
+        "--seconds", type=_seconds, help="fix the length, and the batch at 1 (default: any length and batch)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    export.set_defaults(run=_export, device="cpu")
+
     doctor = commands.add_parser("doctor", allow_abbrev=False, help="what is installed, what runs where and why")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    model = command.add_mutually_exclusive_group()
+    model.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="a model's folder, a run folder, a .pt or .pth file, or a name on the Hugging Face hub",
+    )
+    model.add_argument("--preset", metavar="NAME", help="untrained weights, for timing and trying the plumbing only")
 
 
 def _seconds(text: str) -> float:
@@ -302,6 +324,23 @@ def _model(arguments: argparse.Namespace) -> "Manner":
     else:
         raise ValueError(_NEED_A_MODEL)
     return model.to("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mvat.audio import SAMPLE_RATE
+    from mvat.export import check_request, export_model
+
+    check_request(arguments.out, arguments.format, arguments.overwrite)
+    samples = None if arguments.seconds is None else max(1, round(arguments.seconds * SAMPLE_RATE))
+    try:
+        done = export_model(_model(arguments), arguments.out, arguments.format, samples, arguments.overwrite)
+    except RuntimeError as error:  # PyTorch's, of many lines
+        raise ValueError(f"{arguments.out}: {str(error).partition(chr(10))[0]}") from error
+    print(
+        f"exported {arguments.out}: audio {done.shape} at {SAMPLE_RATE} Hz; largest difference from the model "
+        f"{done.error:.0e} of its peak"
+    )
+    return 0
 
 
 def _make_folder(folder: Path) -> None:

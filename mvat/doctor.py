@@ -18,6 +18,7 @@ PACKAGES = {
     "audio files": ("soundfile", "soxr", "tqdm"),
     "scores": ("pesq", "pystoi"),
     "training": ("accelerate", "jsonargparse[signatures]", "tensorboard", "matplotlib", "av", "PyYAML"),
+    "ONNX export": ("onnx", "onnxscript", "onnxruntime"),
     "GPU kernels": ("triton",),
 }
 _SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}

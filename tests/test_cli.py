@@ -338,7 +338,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("command", "part"),
     [
-        ([], "info|enhance|doctor"),
+        ([], "info|enhance|export|doctor"),
         (["enhence"], "enhence"),
         (["enhance", "a.wav"], "-o"),
         (["enhance", "a.wav", "-o", "b.wav", "--device", "tpu"], "cuda"),
@@ -397,7 +397,7 @@ def test_help_and_version_need_neither_pytorch_nor_audio_packages() -> None:
     script = """
 import json, sys
 from mvat.cli import main
-for command in (["--help"], ["enhance", "--help"], ["--version"]):
+for command in (["--help"], ["enhance", "--help"], ["export", "--help"], ["--version"]):
     try:
         main(command)
     except SystemExit as stop:

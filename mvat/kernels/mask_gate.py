@@ -96,8 +96,7 @@ def mask_gate(
         check_norm(op, "shortcut_norm", shortcut_norm, out, x)
     weights = tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias
     if not use_fused(op, x):
-        norms = {"norm": norm, "shortcut_norm": shortcut_norm}
-        return mask_gate_reference(x, *weights, shortcut, **norms, training=training)
+        return mask_gate_reference(x, *weights, shortcut, norm=norm, shortcut_norm=shortcut_norm, training=training)
     norm, shortcut_norm = (None if value is None else Norm(*value) for value in (norm, shortcut_norm))
     return torch.ops.mvat.mask_gate(
         x,

@@ -4,10 +4,10 @@ Source: Park et al., "MANNER: Multi-view Attention Network for Noise Erasure", I
 names are those of the official checkpoints, so that an official state_dict loads with strict=True.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -133,12 +133,16 @@ class MannerBlock(nn.Module):
 
 
 def valid_length(length: int, depth: int, kernel_size: int, stride: int) -> int:
-    """The shortest length >= `length` that `depth` strided convolutions and their transposes give back exactly."""
+    """The shortest length >= `length` that `depth` strided convolutions and their transposes give back exactly.
+
+    One sample of the deepest level reaches over `reach` samples, each further one over `step` more: in this form, with
+    integers alone, torch.export sees that every skip is as long as what it is added to.
+    """
+    reach = step = 1
     for _ in range(depth):
-        length = max(math.ceil((length - kernel_size) / stride) + 1, 1)
-    for _ in range(depth):
-        length = (length - 1) * stride + kernel_size
-    return length
+        reach = (reach - 1) * stride + kernel_size
+        step *= stride
+    return reach + step * ((length - reach + step - 1) // step) if length > reach else reach
 
 
 def _rescale(module: nn.Module, reference: float = 0.1) -> None:
@@ -282,7 +286,8 @@ class Manner(nn.Module):
         y, collected = self.manner_block(x, want, p)
         if y is None:
             return collected
-        y = y[..., :length] * scale
+        # A copy: a view's contiguity, which is another where nothing is cut, would become torch.export's condition.
+        y = torch.narrow_copy(y, 2, 0, length) * scale
         return (y, collected) if want else y
 
 
