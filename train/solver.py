@@ -90,7 +90,7 @@ class Solver:
             pin_memory=torch.cuda.is_available(),
         )
         self.transfer = Transfer(config.transfer, model, teacher).to(self.accelerator.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr=optim.lr, fused=True)
         # The schedule is ours, not accelerate's, which would step it once a process.
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         updates = math.ceil(len(self.loader) / optim.accumulate)
