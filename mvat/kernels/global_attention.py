@@ -84,9 +84,12 @@ def global_attention(
     for name, weight in (("w_q", w_q), ("w_k", w_k), ("w_v", w_v)):
         check_parameter(op, name, weight, (width, segment_len), x)
     check_parameter(op, "w_o", w_o, (segment_len, width), x)
-    if use_fused(op, x):
+    limit = None
+    if x.device.type == "cuda" and (heads != 1 or segment_len not in (32, 64)):
+        limit = "on cuda its kernel takes one head and a segment_len of 32 or 64"
+    if use_fused(op, x, limit):
         with torch.autocast(x.device.type, enabled=False):
-            a, m = absorb(w_q.to(x.dtype), w_k.to(x.dtype), w_v.to(x.dtype), w_o.to(x.dtype), heads)
+            a, m = absorb(*(w.to(native.wide(x.dtype)) for w in (w_q, w_k, w_v, w_o)), heads)
         keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, m))
         return torch.ops.mvat.global_attention(x, a, m, segment_len, keep)[0]
     return global_attention_reference(x, w_q, w_k, w_v, w_o, heads, segment_len)
@@ -99,13 +102,15 @@ def absorb(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int) -> tu
     return a, w_o.unflatten(1, (heads, -1)).transpose(0, 1) @ v
 
 
-register("global_attention", native.supports("global_attention", ("cpu",)))
+native.implement_in_triton("global_attention")
+register("global_attention", native.supports("global_attention", ("cpu", "cuda")))
 
 
 def _fake(x: Tensor, a: Tensor, m: Tensor, segment_len: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     chunks = (x.shape[2] + segment_len) // (segment_len // 2) + 1
     kept = (x.shape[0] if keep else 0, x.shape[1], a.shape[0], chunks)
-    return x.new_empty(x.shape), x.new_empty((*kept, 2)), x.new_empty((*kept, segment_len))
+    softmax = x.new_empty((*kept, 2), dtype=native.wide(x.dtype))
+    return x.new_empty(x.shape), softmax, x.new_empty((*kept, segment_len))
 
 
 def _setup_context(ctx, inputs, output) -> None:
