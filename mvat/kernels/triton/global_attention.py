@@ -284,12 +284,15 @@ def small_forward_kernel(x_in, a, m, y, softmax, mixed, P, T, S, n, keep, x_batc
     there = (s < S) & (row < P)
     x = _operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
     q = _queries(x, a, C, PRECISION)
-    scores = tl.dot(q, tl.trans(x), input_precision=PRECISION)
+    # A weight of zero times another sequence's NaN or infinity would be NaN: scores carry those within a sequence instead.
+    zeros = x.to(tl.float32) * 0.0
+    scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) + tl.sum(zeros, 1)[None, :]
+    values = tl.where(zeros == 0.0, x, 0.0)
     scores = tl.where((b // R)[:, None] == (b // R)[None, :], scores, float("-inf"))
     top = tl.maximum(tl.max(scores, 1), 0.0)
     e = tl.exp2(scores - top[:, None])
     total = tl.sum(e, 1) - (R - P) * tl.exp2(-top)
-    o = tl.dot(_operand(e, DTYPE, PRECISION), x, input_precision=PRECISION) / total[:, None]
+    o = tl.dot(_operand(e, DTYPE, PRECISION), values, input_precision=PRECISION) / total[:, None]
     if keep:
         at = s * P + row
         tl.store(mixed + at[:, None] * C + tl.arange(0, C)[None, :], o, mask=there[:, None])

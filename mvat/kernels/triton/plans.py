@@ -89,36 +89,77 @@ class Plan:
         return max(1, min(-(-processors // programs), chunks // (4 * self.forward.step)))
 
 
-_BF16 = Plan(
-    forward=Tile(128, 64, 8, 3),
-    combine=Tile(32, 0, 4, 1),
-    over_queries=Tile(64, 64, 4, 3),
-    over_keys=Tile(128, 64, 8, 2),
-    weights=Tile(64, 0, 4, 2),
-    small_forward=Small(64, 4),
-    small_backward=Small(32, 4),
-)
-_TF32 = Plan(
-    forward=Tile(64, 64, 4, 2),
-    combine=Tile(32, 0, 4, 1),
-    over_queries=Tile(64, 32, 4, 2),
-    over_keys=Tile(64, 32, 4, 2),
-    weights=Tile(32, 0, 4, 2),
-    small_forward=Small(64, 4),
-    small_backward=Small(16, 4),
-)
-_TF32X3 = Plan(
-    forward=Tile(128, 16, 8, 2),
-    combine=Tile(32, 0, 4, 1),
-    over_queries=Tile(64, 32, 4, 2),
-    over_keys=Tile(64, 32, 4, 2),
-    weights=Tile(32, 0, 4, 2),
-    small_forward=Small(64, 4),
-    small_backward=Small(16, 4),
-)
-_PLANS = {Kind.BF16: _BF16, Kind.TF32: _TF32, Kind.TF32X3: _TF32X3}
+_COMBINE = Tile(32, 0, 4, 1)
+#: With wgmma (Hopper) an operand may stay in shared memory; elsewhere it takes registers, and tiles are smaller.
+_HOPPER = {
+    Kind.BF16: Plan(
+        forward=Tile(128, 64, 8, 3),
+        combine=_COMBINE,
+        over_queries=Tile(64, 64, 4, 3),
+        over_keys=Tile(128, 64, 8, 2),
+        weights=Tile(64, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(32, 4),
+    ),
+    Kind.TF32: Plan(
+        forward=Tile(64, 64, 4, 2),
+        combine=_COMBINE,
+        over_queries=Tile(64, 32, 4, 2),
+        over_keys=Tile(64, 32, 4, 2),
+        weights=Tile(32, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(16, 8),
+    ),
+    Kind.TF32X3: Plan(
+        forward=Tile(128, 16, 8, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 16, 4, 2),
+        over_keys=Tile(32, 16, 4, 2),
+        weights=Tile(32, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(0, 4),
+    ),
+}
+_OTHERS = {
+    Kind.BF16: Plan(
+        forward=Tile(128, 64, 8, 3),
+        combine=_COMBINE,
+        over_queries=Tile(64, 64, 4, 3),
+        over_keys=Tile(128, 64, 8, 2),
+        weights=Tile(64, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(16, 4),
+    ),
+    Kind.TF32: Plan(
+        forward=Tile(128, 32, 8, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 32, 4, 2),
+        over_keys=Tile(64, 32, 8, 2),
+        weights=Tile(32, 0, 4, 2),
+        small_forward=Small(32, 4),
+        small_backward=Small(0, 4),
+    ),
+    Kind.TF32X3: Plan(
+        forward=Tile(32, 16, 4, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 16, 4, 2),
+        over_keys=Tile(32, 16, 8, 2),
+        weights=Tile(16, 0, 8, 2),
+        small_forward=Small(32, 4),
+        small_backward=Small(0, 4),
+    ),
+}
 
 
 def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
-    """The plan for a GPU of this compute capability."""
-    return _PLANS[kind]
+    """The plan for a GPU of this compute capability.
+
+    Raises:
+        RuntimeError: below 8.0, which has neither bfloat16 nor tf32.
+    """
+    if capability < (8, 0):
+        raise RuntimeError(
+            f"global_attention: its kernel takes compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}; "
+            "use mvat.kernels.use_backend('eager')"
+        )
+    return (_HOPPER if capability[0] == 9 else _OTHERS)[kind]
