@@ -1,10 +1,10 @@
-"""Registers, spills, shared memory and tensor-core instructions of the Triton kernels on every architecture, without a GPU.
+"""Registers, spills, shared memory and tensor cores of the Triton kernels on every architecture, without a GPU.
 
 python -m benchmarks.triton_report            compile every configuration that a launcher can choose, print the report
 python -m benchmarks.triton_report --renew    and write it to mvat/kernels/triton/budget.json
 python -m benchmarks.triton_report --main     only what the presets run on three architectures
 
-tests/test_triton_build.py holds the kernels to that file. Triton must not interpret here, so the tests run this as a command.
+tests/test_triton_build.py holds the kernels to that file. Triton must not interpret here: the tests run this command.
 """
 
 import argparse
@@ -27,7 +27,7 @@ MAIN_ARCHITECTURES = (80, 90, 120)
 #: Bytes of shared memory that a block may take.
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
-#: The kernels' arguments by their Triton type, where "operand" is what products read and "feature" the type of x; others are i32.
+#: The kernels' arguments by type: "operand" is what products read, "feature" that of x; all others are i32.
 TYPES = {
     "operand": ("xp", "gp", "padded", "q_out", "do_out", "dq_out", "q_in", "do_in", "dq_in"),
     "feature": ("x_in", "g_in", "y", "dx", "mixed"),
@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a kernel takes: registers a thread, bytes of the stack (spills), bytes of shared memory, its product instruction."""
+    """What a kernel takes: registers a thread, bytes of stack (spills) and of shared memory, product instruction."""
 
     registers: int
     spills: int
@@ -85,7 +85,8 @@ def launches(architectures: tuple[int, ...], lengths: tuple[int, ...]) -> Iterat
             for segment_len in lengths:
                 for feature in features[kind]:
                     for name, constants, warps, stages in sorted(found, key=str):
-                        yield Launch(name, kind.value, feature, {"C": segment_len} | constants, warps, stages, architecture)
+                        constants = {"C": segment_len} | constants
+                        yield Launch(name, kind.value, feature, constants, warps, stages, architecture)
 
 
 def compile_launch(launch: Launch) -> Usage:
@@ -101,14 +102,16 @@ def compile_launch(launch: Launch) -> Usage:
 
     kernel, kind = getattr(global_attention, f"{launch.kernel}_kernel"), Kind(launch.kind)
     operand = "bf16" if kind is Kind.BF16 else "fp32"
-    constants = launch.constants | {"PRECISION": kind.precision, "DTYPE": {"bf16": tl.bfloat16, "fp32": tl.float32}[operand]}
+    dtype = tl.bfloat16 if kind is Kind.BF16 else tl.float32
+    constants = launch.constants | {"PRECISION": kind.precision, "DTYPE": dtype}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"operand": f"*{operand}", "feature": f"*{launch.feature}"}
     signature = {name: "constexpr" if name in constants else "i32" for name in kernel.arg_names}
     for type_name, names in TYPES.items():
         signature |= {name: types.get(type_name, type_name) for name in names if name in signature}
     # PyTorch's memory begins at multiples of 16 bytes; no length is known to be one.
-    aligned = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
+    pointers = [name for name, type_name in signature.items() if type_name.startswith("*")]
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", launch.architecture, 32),
@@ -167,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renew", action="store_true", help=f"write {BUDGET.relative_to(REPO)}")
     parser.add_argument("--main", action="store_true", help="segment_len 64, float32 and bfloat16, three architectures")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--only", default="", help="kernels, kinds and architectures with this pattern in their name")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
@@ -179,13 +183,13 @@ def main() -> None:
         which = [launch for launch in which if launch.feature != "fp16"]
     which = [launch for launch in which if re.search(arguments.only, f"{launch.name} sm_{launch.architecture}")]
     usage = compile_all(which, arguments.jobs)
-    print(table(usage))
+    print(json.dumps(usage) if arguments.json else table(usage))
     if arguments.renew:
         text = json.dumps({"triton": triton.__version__, "kernels": usage}, indent=1)
         BUDGET.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\S+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
     wrong = faults(usage)
-    print("\n".join(wrong))
-    sys.exit(bool(wrong))
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

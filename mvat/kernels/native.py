@@ -62,7 +62,7 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
 
 
 def implement_in_triton(operator: str) -> None:
-    """Make mvat.kernels.triton.<operator> the operator's CUDA kernels, where both are there; imported at the first call."""
+    """Make mvat.kernels.triton.<operator>, imported at the first call, its CUDA kernels; where Triton is there."""
     if missing(operator) is not None or importlib.util.find_spec("triton") is None:
         return
 

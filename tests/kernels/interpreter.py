@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 #: Operations that work on float32 alone and are written as create_<name>; those called create_f... come on top.
-_FLOAT = ("minimumf", "maximumf", "minnumf", "maxnumf", "clampf", "precise_divf", "exp", "exp2", "log", "log2", "sqrt", "rsqrt")
+_FLOAT = "minimumf maximumf minnumf maxnumf clampf precise_divf exp exp2 log log2 sqrt rsqrt".split()
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -78,7 +78,9 @@ def _dot(function):
         # Only tf32x3 converts (cvt.rna); a plain product hands float32 to the tensor core, which ignores the low bits.
         a_high, b_high = (TensorHandle(tf32(x.data, three), tl.float32) for x in (a, b))
         if three:  # small terms first; the product of two rests is left out
-            a_low, b_low = (TensorHandle(tf32(x.data - y.data, three), tl.float32) for x, y in ((a, a_high), (b, b_high)))
+            a_low, b_low = (
+                TensorHandle(tf32(x.data - y.data, three), tl.float32) for x, y in ((a, a_high), (b, b_high))
+            )
             d = function(self, a_low, b_high, d, precision, limit)
             d = function(self, a_high, b_low, d, precision, limit)
         return function(self, a_high, b_high, d, precision, limit)

@@ -1,15 +1,13 @@
 """The Triton kernels of the global view in the interpreter, which rounds as a GPU does, against float64."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mvat.kernels import backend, global_attention, native, use_backend
+from mvat.kernels import backend, native
 from mvat.kernels.chunks import chunk, overlap_add
 from mvat.kernels.global_attention import absorb, global_attention_reference
 
@@ -17,7 +15,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there i
 
 if not torch.cuda.is_available():
     pytest.importorskip("triton")
-    import triton
 
     from mvat.kernels.triton import global_attention as kernels
     from mvat.kernels.triton.plans import Kind, Plan, Small, SmallTile, Tile, choose
@@ -176,9 +173,7 @@ def test_extremes(plan: str, kind: str, scale: float, precision) -> None:
         return compare(kind, PLANS[plan], tensors)
     grad = torch.randn(tensors[0].shape)
     exact = global_attention_reference(*(t.double() for t in tensors), 1, 64)
-    theirs, ours = (
-        forward_backward(f, tensors, grad) for f in (eager(kind, 64), fused(PLANS[plan]))
-    )
+    theirs, ours = (forward_backward(f, tensors, grad) for f in (eager(kind, 64), fused(PLANS[plan])))
     assert all(torch.isfinite(t).all() for t in ours)
     assert (ours[0] - exact).norm() <= 2 * (theirs[0] - exact).norm() + 1e-6 * exact.norm()
 
@@ -265,7 +260,8 @@ def test_the_plan_follows_device_and_size() -> None:
             assert plan.splits(1, 65, 132) == max(1, 65 // (4 * plan.forward.step))
     with pytest.raises(RuntimeError, match="takes compute capability 8.0 or more, this GPU has 7.5"):
         choose(Kind.BF16, (7, 5))
-    assert [Small(64, 4).tile(p) for p in (3, 17, 64)] == [SmallTile(16, 4, 4), SmallTile(32, 2, 4), SmallTile(64, 1, 4)]
+    tiles = [Small(64, 4).tile(p) for p in (3, 17, 64)]
+    assert tiles == [SmallTile(16, 4, 4), SmallTile(32, 2, 4), SmallTile(64, 1, 4)]
     assert Small(64, 4).holds(64) and not Small(64, 4).holds(65) and not Small(0, 4).holds(3)
 
 

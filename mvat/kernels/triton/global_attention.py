@@ -1,24 +1,26 @@
 """The global view on a GPU: `mvat.kernels.global_attention` with one head, forward and backward, in Triton.
 
-Row p of the padded signal xp (C zeros in front) is chunk p, xp[h p : h p + C] with h = C / 2: no chunk is ever copied, and a
-window is query, key and value at once. Scores never reach memory:
+Row p of the padded signal xp (C zeros in front) is chunk p, xp[h p : h p + C] with h = C / 2: no chunk is ever copied,
+and a window is query, key and value at once. Scores never reach memory:
 
     q = X A log2(e)          s = q X'          m = max(s), at least 0: there is always a chunk of padding
-    l = sum 2^(s - m)          O = 2^(s - m) X / l          Y = O M' / 2          block j of y = Y[j + 1, h:] + Y[j + 2, :h]
+    l = sum 2^(s - m)          O = 2^(s - m) X / l          Y = O M' / 2
+    block j of y = Y[j + 1, h:] + Y[j + 2, :h]
 
-A tile of R rows gives R - 1 blocks: its last row is computed once more by the next tile. Rows past the last chunk are loaded as
-zeros and taken out of l at the end, so that no loop has a mask. Kept are m, l (in `softmax`) and O (`mixed`). Backward, with
-dY the windows of the padded gradient, e = 2^(s - m) and everything of a query divided by its l once:
+A tile of R rows gives R - 1 blocks: its last row is computed once more by the next tile. Rows past the last chunk are
+loaded as zeros and taken out of l at the end, so that no loop has a mask. Kept are m, l (in `softmax`) and O (`mixed`).
+Backward, with dY the windows of the padded gradient, e = 2^(s - m), and everything of a query divided by its l once:
 
     dO = dY M / (2 l)          delta = rowsum(dO O)          dS = e (dO X' - delta)          dQ = dS X
     dX = dQ A' + dS' (X A) + e' dO          dA = X' dQ          dM = dY' O / 2          dx = overlap_add(dX)
 
-in one kernel over queries (q, dO, dQ), one over keys (dx) and one for the weights (partial sums). Nothing is atomic: the order
-of every sum depends on the sizes and the device alone. Sequences of few chunks are taken whole, several in a tile, by one
-kernel forward and one backward that read x as it is: there the launches are what costs.
+in one kernel over queries (q, dO, dQ), one over keys (dx) and one for the weights (partial sums). Nothing is atomic:
+the order of every sum depends on the sizes and the device alone. Sequences of few chunks are taken whole, several in a
+tile, by one kernel forward and one backward that read x as it is: there the launches are what costs.
 
-Products take bfloat16 as it is, float32 as tf32 or in three tf32 products (tf32x3), as torch.get_float32_matmul_precision()
-says, and float16 as tf32, which has its mantissa and float32's range: q or dO cannot overflow.
+Products take bfloat16 as it is, float32 as tf32 or in three tf32 products (tf32x3), whichever
+torch.get_float32_matmul_precision() asks for, and float16 as tf32, which has its mantissa and float32's range: neither
+q nor dO can overflow.
 """
 
 import functools
@@ -37,17 +39,17 @@ PAD_BLOCK = 1024
 
 @triton.jit
 def _operand(values, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Values as a product's operand. Tensor cores cut float32 off where tf32 ends, which biases every sum: round it here."""
+    """Values as a product's operand. Tensor cores cut float32 off where tf32 ends, which biases sums: round it here."""
     values = values.to(DTYPE)
     if DTYPE == tl.float32 and PRECISION == "tf32":
-        bits = (values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # to nearest; a NaN would be carried over into a zero
+        bits = (values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # a NaN's carry would make it a zero
         values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
     return values
 
 
 @triton.jit
 def _windows(signal, rows, count, C: tl.constexpr):
-    """Rows of C samples, hop C / 2, of a padded signal; zeros past `count`. The mask is by row: loads stay 16 bytes wide."""
+    """Rows of C samples, hop C / 2, of a padded signal; zeros past `count`. Masked by row, loads stay 16 bytes wide."""
     return tl.load(signal + rows[:, None] * (C // 2) + tl.arange(0, C)[None, :], mask=rows[:, None] < count, other=0.0)
 
 
@@ -75,7 +77,7 @@ def _overlap(y, R: tl.constexpr, H: tl.constexpr):
 
 @triton.jit
 def _store_blocks(target, y, rows, own, T, R: tl.constexpr, C: tl.constexpr):
-    """The overlapped rows' blocks into a sequence of T samples; the block between rows p and p + 1 begins at h (p - 1)."""
+    """The rows' overlapped blocks into a sequence of T samples; the block of rows p and p + 1 begins at h (p - 1)."""
     H: tl.constexpr = C // 2
     t = (rows - 1)[:, None] * H + tl.arange(0, H)[None, :]
     tl.store(target + t, _overlap(y, R, H), mask=own[:, None] & (t >= 0) & (t < T))
@@ -118,7 +120,7 @@ def pad_kernel(x_in, padded, P, T, n, x_batch, x_channel, x_sample, DTYPE: tl.co
 @triton.jit(do_not_specialize=_LENGTHS)
 def forward_kernel(xp, a, m, y, softmax, mixed, sums, P, T, S, splits, keep, C: tl.constexpr, R: tl.constexpr,
                    STEP: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """A tile of queries over all keys; with SPLIT over the keys of one part, whose m, l and l O go to softmax and sums."""
+    """A tile of queries over all keys; with SPLIT over those of one part, whose m, l and l O go to softmax and sums."""
     OWN: tl.constexpr = R if SPLIT else R - 1
     tiles = tl.cdiv(P, OWN) if SPLIT else tl.cdiv(P - 1, OWN)
     s = (tl.program_id(0) // tiles).to(tl.int64)
@@ -284,7 +286,7 @@ def small_forward_kernel(x_in, a, m, y, softmax, mixed, P, T, S, n, keep, x_batc
     there = (s < S) & (row < P)
     x = _operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
     q = _queries(x, a, C, PRECISION)
-    # A weight of zero times another sequence's NaN or infinity would be NaN: scores carry those within a sequence instead.
+    # A weight of 0 times another sequence's NaN or infinity would be NaN: scores carry those, within a sequence.
     zeros = x.to(tl.float32) * 0.0
     scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) + tl.sum(zeros, 1)[None, :]
     values = tl.where(zeros == 0.0, x, 0.0)
@@ -307,7 +309,7 @@ def small_forward_kernel(x_in, a, m, y, softmax, mixed, P, T, S, n, keep, x_batc
 def small_backward_kernel(g_in, x_in, a, m, softmax, mixed, dx, partials, P, T, S, n, g_batch, g_channel, x_batch,
                           x_channel, DTYPE: tl.constexpr, C: tl.constexpr, R: tl.constexpr, PACK: tl.constexpr,
                           PRECISION: tl.constexpr):  # fmt: skip
-    """The whole backward pass of PACK sequences at a time; each program walks over its share and leaves partial sums."""
+    """The backward pass of PACK sequences at a time; each program walks over its share and leaves partial sums."""
     b, c = tl.arange(0, R * PACK), tl.arange(0, C)
     row = b % R
     da = tl.zeros([C, C], tl.float32)
@@ -356,11 +358,11 @@ def forward(
     a, m, sizes = a.contiguous(), m.contiguous(), {"C": segment_len, "PRECISION": kind.precision}
     with torch.cuda.device_of(x):
         if plan.small_forward.holds(P):
-            tile = plan.small_forward.tile(P)
+            small = plan.small_forward.tile(P)
             x = _rows(x)
-            small_forward_kernel[(triton.cdiv(S, tile.pack),)](
+            small_forward_kernel[(triton.cdiv(S, small.pack),)](
                 x, a, m, y, softmax, mixed, P, T, S, n, int(keep), x.stride(0), x.stride(1), DTYPE=_TYPES[kind.dtype],
-                R=tile.rows, PACK=tile.pack, num_warps=tile.warps, num_stages=1, **sizes,
+                R=small.rows, PACK=small.pack, num_warps=small.warps, num_stages=1, **sizes,
             )  # fmt: skip
             return y, softmax, mixed
         xp, tile = _padded(x, segment_len, kind), plan.forward

@@ -1,7 +1,7 @@
 """Tiles, warps and pipeline stages of the Triton kernels: by the GPU's capability and the products' precision.
 
-They are chosen by these alone and by whether a sequence fits into one tile, never by trying and never by the length itself:
-a new length compiles nothing. Every one of them is compiled ahead of time, without spills, by benchmarks/triton_report.py.
+They are chosen by these alone and by whether a sequence fits into one tile, never by trying and never by the length
+itself: a new length compiles nothing. Every one of them is compiled, without spills, by benchmarks/triton_report.py.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows that a program keeps, rows of the other side that it reads at a step, warps, pipeline stages."""
+    """Rows that a program keeps, rows of the other side that it reads at a step (0: none), warps, pipeline stages."""
 
     rows: int
     step: int
@@ -83,7 +83,7 @@ class Plan:
     small_backward: Small
 
     def splits(self, programs: int, chunks: int, processors: int) -> int:
-        """Parts of the keys: more than one where tiles of queries alone leave processors idle, of four steps at least."""
+        """Parts of the keys, of four steps at least: more than one where tiles of queries leave processors idle."""
         if programs >= processors:
             return 1
         return max(1, min(-(-processors // programs), chunks // (4 * self.forward.step)))
@@ -159,7 +159,7 @@ def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
     """
     if capability < (8, 0):
         raise RuntimeError(
-            f"global_attention: its kernel takes compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}; "
-            "use mvat.kernels.use_backend('eager')"
+            "global_attention: its kernel takes compute capability 8.0 or more, this GPU has "
+            f"{capability[0]}.{capability[1]}; use mvat.kernels.use_backend('eager')"
         )
     return (_HOPPER if capability[0] == 9 else _OTHERS)[kind]
