@@ -134,6 +134,8 @@ def compile_all(which: list[Launch], jobs: int) -> dict[str, dict[str, Usage]]:
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         for launch, result in zip(which, pool.map(compile_launch, which, chunksize=1), strict=True):
             usage.setdefault(launch.name, {})[str(launch.architecture)] = result
+            for fault in faults({launch.name: {str(launch.architecture): result}}):
+                print(fault, file=sys.stderr, flush=True)
     return usage
 
 
@@ -187,9 +189,7 @@ def main() -> None:
     if arguments.renew:
         text = json.dumps({"triton": triton.__version__, "kernels": usage}, indent=1)
         BUDGET.write_text(re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+),\s+(\S+)\s+\]", r"[\1, \2, \3, \4]", text) + "\n")
-    wrong = faults(usage)
-    if wrong:
-        sys.exit("\n".join(wrong))
+    sys.exit(bool(faults(usage)))
 
 
 if __name__ == "__main__":

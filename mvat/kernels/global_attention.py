@@ -29,13 +29,13 @@ Four channels of a quarter of a second lose: there the weights' products and the
 
 On a GPU (mvat/kernels/triton/global_attention.py) one head with C = 64 or 32 runs in Triton, forward and backward, in
 float32 (products in tf32 or in three of tf32, whichever torch.get_float32_matmul_precision() asks for), bfloat16 and
-float16 (products in tf32); anything else takes the reference with a warning. Where a sequence fits into a tile (up to 64
-chunks forward and 32 backward, by GPU and dtype) that is one kernel each way; else a padded copy and one kernel forward,
-with the keys split and put together again where there are few sequences, and two copies and three kernels backward.
-Memory grows with T alone: beside y a copy of x and, for a gradient, what is kept, 2 T values a sequence; 2 T float32 values
-a part where keys are split; backward 9 T values at the worst moment. The first call of a dtype compiles for seconds,
-another length compiles nothing. Results are equal to the bit from run to run. Compiled for sm_80 to sm_120 and right in
-the interpreter, not run on a GPU yet.
+float16 (products in tf32); anything else takes the reference with a warning. Where a sequence fits into a tile (up to
+64 chunks forward and 32 backward, by GPU and dtype) that is one kernel each way; else a padded copy and one kernel
+forward, with the keys split and put together again where there are few sequences, and two copies and three kernels
+backward. Memory grows with T alone: beside y a copy of x and, for a gradient, what is kept, 2 T values a sequence; 2 T
+float32 values a part where keys are split; backward 9 T values at the worst moment. The first call of a dtype compiles
+for seconds, another length compiles nothing. Results are equal to the bit from run to run. Compiled for sm_80 to sm_120
+and right in the interpreter, not run on a GPU yet.
 
 Source: Park et al., "MANNER", ICASSP 2022.
 """

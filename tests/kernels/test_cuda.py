@@ -1,4 +1,4 @@
-"""The CUDA and Triton kernels on a GPU: against float64, for every dtype, layout and mode; skipped where there is none."""
+"""The CUDA and Triton kernels on a GPU: against float64, for every dtype, layout and mode; skipped where none is."""
 
 import contextlib
 from collections.abc import Callable

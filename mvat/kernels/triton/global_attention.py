@@ -62,8 +62,15 @@ def _square(weight, factor, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def _queries(x, a, C: tl.constexpr, PRECISION: tl.constexpr):
-    """In base 2, rounded as x is: forward and backward must see the very same scores."""
-    q = tl.dot(x, _square(a, 1.0, C, x.dtype, PRECISION), input_precision=PRECISION)
+    """In base 2, rounded once, as an operand: forward and backward must see the very same scores.
+
+    A is taken in two parts, its rounding and the rest: rounded alone it moved the scores as much as q's rounding does.
+    """
+    weight = _square(a, 1.0, C, tl.float32, "ieee")
+    high = _operand(weight, x.dtype, PRECISION)
+    q = tl.dot(x, high, input_precision=PRECISION)
+    if PRECISION != "tf32x3":
+        q = tl.dot(x, _operand(weight - high.to(tl.float32), x.dtype, PRECISION), q, input_precision=PRECISION)
     return _operand(q * LOG2E, x.dtype, PRECISION)
 
 
