@@ -127,7 +127,7 @@ _OTHERS = {
         over_queries=Tile(64, 64, 4, 3),
         over_keys=Tile(128, 64, 8, 2),
         weights=Tile(64, 0, 4, 2),
-        small_forward=Small(64, 4),
+        small_forward=Small(32, 4),
         small_backward=Small(16, 4),
     ),
     Kind.TF32: Plan(
