@@ -4,7 +4,7 @@ They are chosen by these alone and by whether a sequence fits into one tile, nev
 itself: a new length compiles nothing. Every one of them is compiled, without spills, by benchmarks/triton_report.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -149,6 +149,16 @@ _OTHERS = {
         small_backward=Small(0, 4),
     ),
 }
+#: By the major capability where the common tiles would spill a few bytes.
+_PLANS = {
+    9: _HOPPER,
+    10: _OTHERS | {Kind.TF32: replace(_OTHERS[Kind.TF32], weights=Tile(32, 0, 4, 2))},
+    12: _OTHERS
+    | {
+        Kind.BF16: replace(_OTHERS[Kind.BF16], small_backward=Small(16, 8)),
+        Kind.TF32X3: replace(_OTHERS[Kind.TF32X3], weights=Tile(16, 0, 8, 2)),
+    },
+}
 
 
 def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
@@ -162,4 +172,4 @@ def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
             "global_attention: its kernel takes compute capability 8.0 or more, this GPU has "
             f"{capability[0]}.{capability[1]}; use mvat.kernels.use_backend('eager')"
         )
-    return (_HOPPER if capability[0] == 9 else _OTHERS)[kind]
+    return _PLANS.get(capability[0], _OTHERS)[kind]
