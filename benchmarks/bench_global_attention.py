@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.harness import Case, Run, Settings, Variant
 from benchmarks.peers import op_variants
-from benchmarks.shapes import features, parameter, places
+from benchmarks.shapes import Layer, Point, features, layers, parameter, places
 from mvat.kernels import global_attention
 from mvat.kernels.chunks import chunk, overlap_add
 from mvat.kernels.global_attention import global_attention_reference
@@ -35,19 +38,60 @@ def _bind(function: Run, module: GlobalAttention) -> Run:
     return lambda *tensors: function(*tensors, module.head, module.segment_len)
 
 
+def _levels(settings: Settings) -> Iterator[tuple[Layer, Point, dict[str, Any]]]:
+    """One clip of base at every level: P = 10, 34, 128, 503, 2005 in 4 s and 15005 in 30 s; beside `places`."""
+    if settings.quick:
+        return
+    seen = {(shape["B"], shape["C"], shape["T"]) for _, _, shape in places(GlobalAttention, False)}
+    for point in (Point("base", 4, 1), Point("base", 30, 1)):
+        everywhere = layers(point.preset, point.samples, GlobalAttention)
+        for layer in sorted(everywhere, key=lambda x: x.length)[-1 if point.seconds == 30 else 0 :]:
+            key = (point.batch, layer.channels, layer.length)
+            if key not in seen:
+                seen.add(key)
+                place = f"{point.preset} {layer.name}"
+                yield layer, point, {"place": place, "B": point.batch, "C": layer.channels, "T": layer.length}
+
+
+def _only(function: Run, kernel: SDPBackend) -> Run:
+    """PyTorch's attention held to one of its kernels."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return function(*tensors)
+
+    return run
+
+
+def _stock(composed: Run, settings: Settings, dtype: torch.dtype) -> dict[str, Variant]:
+    """The composition as PyTorch runs it; in half precision on a GPU also by FlashAttention and by cuDNN alone."""
+    variants = {"stock": Variant(lambda: composed)}
+    if settings.device == "cuda" and dtype != torch.float32:
+        for name, kernel, there in (
+            ("stock, FlashAttention", SDPBackend.FLASH_ATTENTION, torch.backends.cuda.is_flash_attention_available()),
+            ("stock, cuDNN", SDPBackend.CUDNN_ATTENTION, torch.backends.cudnn.is_available()),
+        ):
+            missing = "" if there else "this PyTorch is built without it"
+            variants[name] = Variant(lambda kernel=kernel: _only(composed, kernel), missing=missing)
+    return variants
+
+
 def cases(settings: Settings) -> Iterator[Case]:
-    for layer, point, shape in places(GlobalAttention, settings.quick):
+    dtypes = (torch.float32, torch.bfloat16) if settings.device == "cuda" else (torch.float32,)
+    for layer, point, shape in (*places(GlobalAttention, settings.quick), *_levels(settings)):
         reference, op, composed = (
             _bind(function, layer.module) for function in (global_attention_reference, global_attention, stock)
         )
-        variants = op_variants(reference, op, ["global_attention"], settings, point.named)
-        yield Case(
-            "global_attention",
-            shape,
-            inputs=lambda layer=layer, point=point: [
-                features(layer, point),
-                *map(parameter, layer.module.parameters()),
-            ],
-            reference=lambda reference=reference: reference,
-            variants=variants | {"stock": Variant(lambda composed=composed: composed)},
-        )
+        for dtype in dtypes:
+            variants = op_variants(reference, op, ["global_attention"], settings, point.named, dtype)
+            yield Case(
+                "global_attention",
+                shape,
+                inputs=lambda layer=layer, point=point: [
+                    features(layer, point),
+                    *map(parameter, layer.module.parameters()),
+                ],
+                reference=lambda reference=reference: reference,
+                variants=variants | _stock(composed, settings, dtype),
+                dtype=dtype,
+            )

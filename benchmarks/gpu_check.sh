@@ -40,8 +40,11 @@ part() {
 for name in $parts; do
   case $name in
     build) part 120 build.log env MAX_JOBS=8 "$python" setup.py build_ext --inplace ;;
-    tests) part 100 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py ;;
-    report) part 60 report.log "$python" -m benchmarks.compile_report ;;
+    tests) part 160 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py ;;
+    report)
+      part 60 report.log "$python" -m benchmarks.compile_report
+      part 60 triton_report.log "$python" -m benchmarks.triton_report --main --jobs 12
+      ;;
     bench)
       part 150 bench_kernels.log "$python" -m benchmarks --kernels --missing --seconds 110 --out "$out/results"
       for whole in model training_step distillation_step; do

@@ -79,7 +79,8 @@ def in_overview(row: Row) -> bool:
 
 
 def _case(row: Row) -> str:
-    return ", ".join(str(v) if k in ("place", "stage") else f"{k} {v}" for k, v in row.shape.items())
+    shape = ", ".join(str(v) if k in ("place", "stage") else f"{k} {v}" for k, v in row.shape.items())
+    return shape if row.dtype == "float32" else f"{shape}, {row.dtype}"
 
 
 def _both(rows: Sequence[Row]) -> str:

@@ -34,9 +34,9 @@ STABLE_TORCH_LIBRARY(mvat, m) {
         " Tensor weight2, Tensor attention, Tensor pooled, Tensor index, Tensor statistics, int segment_len, float eps1,"
         " float eps2, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // a and m [heads, S, S] with S = segment_len: scores = (X a) X', output = (softmax(scores) X) m', in the dtype of x.
-  // -> (y; softmax [B, C, heads, P, 2]: the scores' maximum, in base 2 and as far as it was followed, and the sum of their
-  //     exponentials below it; mixed [B, C, heads, P, S]: softmax(scores) X). Without `keep` the last two have a batch of 0.
+  // a and m [heads, S, S] with S = segment_len: scores = (X a) X', output = (softmax(scores) X) m', wide.
+  // -> (y; softmax [B, C, heads, P, 2], wide: the scores' maximum, in base 2 and as far as it was followed, and the sum of
+  //     their exponentials below it; mixed [B, C, heads, P, S]: softmax(scores) X). Without `keep` the last two have a batch of 0.
   m.def("global_attention(Tensor x, Tensor a, Tensor m, int segment_len, bool keep) -> (Tensor, Tensor, Tensor)");
   // -> gradients of x, a, m.
   m.def("global_attention_backward(Tensor grad, Tensor x, Tensor a, Tensor m, Tensor softmax, Tensor mixed, int segment_len)"

@@ -78,7 +78,7 @@ def test_all_operators_register_for_cuda(compiled: tuple[Path, compile_report.Us
 import re, torch
 torch.ops.load_library({str(library)!r})
 names = re.findall(r'm.def\\("(\\w+)', open({str(REPO / "csrc" / "schemas.cpp")!r}).read())
-names = [name for name in names if not name.startswith("global_attention")]  # written for the CPU alone
+names = [name for name in names if not name.startswith("global_attention")]  # in Triton
 missing = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mvat::{{n}}", "CUDA")]
 assert len(names) >= 8 and not missing, missing
 """

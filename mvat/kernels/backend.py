@@ -72,11 +72,14 @@ def not_written(device_type: str, dtype: torch.dtype) -> str | None:
     return NOT_WRITTEN
 
 
-def use_fused(op: str, x: torch.Tensor) -> bool:
-    """Whether `op` takes its fused kernel for the input x; warns or raises as `use_backend` describes."""
+def use_fused(op: str, x: torch.Tensor, limit: str | None = None) -> bool:
+    """Whether `op` takes its fused kernel for the input x; warns or raises as `use_backend` describes.
+
+    limit: the op's own reason against this call (its sizes, say), where the registered function has none.
+    """
     if _mode == "eager" or x.device.type == "meta":
         return False
-    reason = _supports[op](x.device.type, x.dtype)
+    reason = _supports[op](x.device.type, x.dtype) or limit
     if reason is None and _is_transformed():
         reason = "it has no forward-mode derivative and no torch.func transform"
     if reason is None:

@@ -1,6 +1,7 @@
 """The compiled operators: importing mvat._C registers them under torch.ops.mvat. Here stands why one is not there."""
 
 import importlib
+import importlib.util
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,9 @@ def _load() -> str | None:
 
 _missing = _load()
 
+#: Operators whose CUDA kernels are Triton's, in mvat.kernels.triton.<operator>.
+_IN_TRITON = ("global_attention",)
+
 
 def missing(operator: str, device_type: str = "cpu") -> str | None:
     """Why torch.ops.mvat.<operator> has no kernel for this device, with the command that mends it; None where it has.
@@ -50,9 +54,30 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
     known = hasattr(torch.ops.mvat, operator)
     if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"mvat::{operator}", device_type.upper()):
         return None
+    if device_type == "cuda" and operator in _IN_TRITON:
+        return "Triton is not installed; run `pip install triton`"
     if device_type == "cuda":
         return f"the C++ extension is built without CUDA (it takes nvcc and a PyTorch with CUDA); {_REBUILD}"
     return f"the C++ extension is older than this source and has no {operator}; {_REBUILD}"
+
+
+def implement_in_triton(operator: str) -> None:
+    """Make mvat.kernels.triton.<operator>, imported at the first call, its CUDA kernels; where Triton is there."""
+    if missing(operator) is not None or importlib.util.find_spec("triton") is None:
+        return
+
+    def lazily(function: str) -> Function:
+        def call(*arguments):
+            return getattr(importlib.import_module(f"mvat.kernels.triton.{operator}"), function)(*arguments)
+
+        return call
+
+    _library.impl(operator, lazily("forward"), "CUDA")
+    _library.impl(f"{operator}_backward", lazily("backward"), "CUDA")
+
+
+# What is registered stays so for as long as this object lives.
+_library = torch.library.Library("mvat", "IMPL")
 
 
 def supports(operator: str, devices: tuple[str, ...]) -> Callable[[str, torch.dtype], str | None]:

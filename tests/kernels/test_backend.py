@@ -95,6 +95,17 @@ def test_one_warning_an_op_and_reason(op) -> None:
     assert len(seen) == 1
 
 
+def test_an_op_may_refuse_a_call_by_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_supports", {"an_op": lambda device, dtype: None})
+    monkeypatch.setattr(backend, "_warned", set())
+    with use_backend("fused"):
+        assert backend.use_fused("an_op", torch.zeros(1))
+        with pytest.raises(RuntimeError, match="on cpu it takes one head"):
+            backend.use_fused("an_op", torch.zeros(1), "it takes one head")
+    with use_backend("auto"), pytest.warns(RuntimeWarning, match="it takes one head"):
+        assert not backend.use_fused("an_op", torch.zeros(1), "it takes one head")
+
+
 def test_an_op_that_nobody_has_written_yet_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_supports", {"an_op": backend.not_written})
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: against float64, for every dtype, layout and mode; skipped where there is no GPU."""
+"""The CUDA and Triton kernels on a GPU: against float64, for every dtype, layout and mode; skipped where none is."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from mvat.kernels import (
     attention_transfer_loss,
     backend,
     channel_attention,
+    global_attention,
     local_attention,
     native,
 )
 from mvat.kernels.attention_map import attention_map_reference
 from mvat.kernels.attention_transfer_loss import attention_transfer_loss_reference
 from mvat.kernels.channel_attention import channel_attention_reference
+from mvat.kernels.global_attention import absorb, global_attention_reference
 from mvat.kernels.local_attention import local_attention_reference
 
 pytestmark = [
@@ -71,6 +73,10 @@ def local(function: Callable[..., Tensor], training: bool) -> Callable[[list[Ten
     return call
 
 
+def make_global(shape: tuple[int, int, int], segment_len: int = 64) -> list[Tensor]:
+    return [random(*shape), *(random(segment_len, segment_len, scale=segment_len**-0.5) for _ in range(4))]
+
+
 def loss(function: Callable[..., Tensor], form: str) -> Callable[[list[Tensor]], Tensor]:
     return lambda v: function(v[:2], v[2:], form=form, reduction="none")
 
@@ -92,6 +98,13 @@ CASES = {
     ),
     "channel_attention": Case(
         lambda v: channel_attention(*v), lambda v: channel_attention_reference(*v), make_channel, 1
+    ),
+    "global_attention": Case(lambda v: global_attention(*v), lambda v: global_attention_reference(*v), make_global, 1),
+    "global_attention, chunks of 32": Case(
+        lambda v: global_attention(*v, 1, 32),
+        lambda v: global_attention_reference(*v, 1, 32),
+        lambda s: make_global(s, 32),
+        1,
     ),
     "local_attention, training": Case(
         local(local_attention, True), local(local_attention_reference, True), make_local, 1, 4
@@ -234,6 +247,59 @@ def test_opcheck(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         saved = ops.local_attention(x, *inputs)[1:]
         inputs = (grad, x, depthwise, weight1, bias1, conv, weight2, *saved, 64, 1e-5, 1e-5, training)
         torch.library.opcheck(ops.local_attention_backward, inputs)
+
+    a, m = absorb(*(t.float() for t in make_global(shape)[1:]), 1)
+    torch.library.opcheck(ops.global_attention, (x.clone().requires_grad_(), a, m, 64, True))
+    saved = ops.global_attention(x, a, m, 64, True)[1:]
+    torch.library.opcheck(ops.global_attention_backward, (grad, x, a, m, *saved, 64))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("length", [1, 249, 1002, 4001, 64084])
+def test_global_attention_by_float32_precision(length: int, precision: str) -> None:
+    """Every plan, with keys split where there is one sequence; tf32's products against those of cuBLAS."""
+    case, before = CASES["global_attention"], torch.get_float32_matmul_precision()
+    tensors = cast(case, make_global((1, 1, length)), torch.float32)
+    doubles = [t.double() for t in tensors]
+    grad = torch.randn_like(doubles[0])
+    exact = forward_backward(case.reference, case, doubles, grad)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with backend.use_backend("fused"):
+            got = forward_backward(case.fused, case, tensors, grad)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    bound = {"highest": 2e-6, "high": 2e-3}[precision]
+    for i, (a, c) in enumerate(zip(got, exact, strict=True)):
+        assert (a - c).norm() <= bound * c.norm(), i
+
+
+def test_global_attention_takes_memory_of_the_length() -> None:
+    """P = 15005: one map of scores would take 450 MB in bfloat16. Split keys leave sums in float32."""
+    x, *weights = (t.to(torch.bfloat16).requires_grad_() for t in make_global((1, 1, 480_084)))
+    size = x.numel() * x.itemsize
+    for backward, bound in ((False, 12), (True, 24)):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.set_grad_enabled(backward), backend.use_backend("fused"):
+            y = global_attention(x, *weights)
+            if backward:
+                torch.autograd.grad(y.sum(), [x, *weights])
+        assert torch.cuda.max_memory_allocated() - before <= bound * size + 2**24
+
+
+def test_global_attention_says_what_it_cannot_take() -> None:
+    x = random(1, 2, 100).float()
+    weights = [torch.randn(s, device=DEVICE) for s in [(256, 64)] * 3 + [(64, 256)]]
+    with (
+        backend.use_backend("fused"),
+        pytest.raises(RuntimeError, match="takes one head and a segment_len of 32 or 64"),
+    ):
+        global_attention(x, *weights, heads=2)
+    with backend.use_backend("auto"):
+        y = global_attention(x, *weights, heads=2)
+    torch.testing.assert_close(y, global_attention_reference(x, *weights, 2))
 
 
 def test_silence_equal_maps_and_nan() -> None:

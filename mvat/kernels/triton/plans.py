@@ -1,0 +1,175 @@
+"""Tiles, warps and pipeline stages of the Triton kernels: by the GPU's capability and the products' precision.
+
+They are chosen by these alone and by whether a sequence fits into one tile, never by trying and never by the length
+itself: a new length compiles nothing. Every one of them is compiled, without spills, by benchmarks/triton_report.py.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class Kind(Enum):
+    """How products are formed: the dtype they read, Triton's input_precision."""
+
+    BF16 = "bf16"
+    TF32 = "tf32"
+    TF32X3 = "tf32x3"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self is Kind.BF16 else torch.float32
+
+    @property
+    def precision(self) -> str:
+        return "tf32x3" if self is Kind.TF32X3 else "tf32"
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Kind":
+        """For features x; float16 goes through tf32, which has its mantissa and float32's range."""
+        if x.dtype == torch.bfloat16:
+            return cls.BF16
+        if x.dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest":
+            return cls.TF32
+        return cls.TF32X3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows that a program keeps, rows of the other side that it reads at a step (0: none), warps, pipeline stages."""
+
+    rows: int
+    step: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class SmallTile:
+    """`pack` sequences of at most `rows` chunks each."""
+
+    rows: int
+    pack: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Small:
+    """Whole sequences in tiles of `rows` rows (16 at least): as many as fit."""
+
+    rows: int
+    warps: int
+
+    def holds(self, chunks: int) -> bool:
+        return chunks <= self.rows
+
+    def tile(self, chunks: int) -> SmallTile:
+        rows = max(16, 1 << (chunks - 1).bit_length())
+        return SmallTile(rows, self.rows // rows, self.warps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the launchers of global_attention choose."""
+
+    forward: Tile
+    combine: Tile
+    over_queries: Tile
+    over_keys: Tile
+    weights: Tile
+    small_forward: Small
+    small_backward: Small
+
+    def splits(self, programs: int, chunks: int, processors: int) -> int:
+        """Parts of the keys, of four steps at least: more than one where tiles of queries leave processors idle."""
+        if programs >= processors:
+            return 1
+        return max(1, min(-(-processors // programs), chunks // (4 * self.forward.step)))
+
+
+_COMBINE = Tile(32, 0, 4, 1)
+#: With wgmma (Hopper) an operand may stay in shared memory; elsewhere it takes registers, and tiles are smaller.
+_HOPPER = {
+    Kind.BF16: Plan(
+        forward=Tile(128, 64, 8, 3),
+        combine=_COMBINE,
+        over_queries=Tile(64, 64, 4, 3),
+        over_keys=Tile(128, 64, 8, 2),
+        weights=Tile(64, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(32, 4),
+    ),
+    Kind.TF32: Plan(
+        forward=Tile(64, 64, 4, 2),
+        combine=_COMBINE,
+        over_queries=Tile(64, 32, 4, 2),
+        over_keys=Tile(64, 32, 4, 2),
+        weights=Tile(32, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(16, 8),
+    ),
+    Kind.TF32X3: Plan(
+        forward=Tile(128, 16, 8, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 16, 4, 2),
+        over_keys=Tile(32, 16, 4, 2),
+        weights=Tile(32, 0, 4, 2),
+        small_forward=Small(64, 4),
+        small_backward=Small(0, 4),
+    ),
+}
+_OTHERS = {
+    Kind.BF16: Plan(
+        forward=Tile(128, 64, 8, 3),
+        combine=_COMBINE,
+        over_queries=Tile(64, 64, 4, 3),
+        over_keys=Tile(128, 64, 8, 2),
+        weights=Tile(64, 0, 4, 2),
+        small_forward=Small(32, 4),
+        small_backward=Small(16, 4),
+    ),
+    Kind.TF32: Plan(
+        forward=Tile(128, 32, 8, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 32, 4, 2),
+        over_keys=Tile(64, 32, 8, 2),
+        weights=Tile(32, 0, 8, 2),
+        small_forward=Small(32, 4),
+        small_backward=Small(0, 4),
+    ),
+    Kind.TF32X3: Plan(
+        forward=Tile(32, 16, 4, 2),
+        combine=_COMBINE,
+        over_queries=Tile(32, 16, 4, 2),
+        over_keys=Tile(32, 16, 8, 2),
+        weights=Tile(16, 0, 4, 2),
+        small_forward=Small(32, 4),
+        small_backward=Small(0, 4),
+    ),
+}
+#: By the major capability where the common tiles would spill a few bytes.
+_PLANS = {
+    9: _HOPPER,
+    10: _OTHERS | {Kind.TF32: replace(_OTHERS[Kind.TF32], weights=Tile(32, 0, 4, 2))},
+    12: _OTHERS
+    | {
+        Kind.BF16: replace(_OTHERS[Kind.BF16], small_backward=Small(16, 8)),
+        Kind.TF32X3: replace(_OTHERS[Kind.TF32X3], weights=Tile(16, 0, 8, 2)),
+    },
+}
+
+
+def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
+    """The plan for a GPU of this compute capability.
+
+    Raises:
+        RuntimeError: below 8.0, which has neither bfloat16 nor tf32.
+    """
+    if capability < (8, 0):
+        raise RuntimeError(
+            "global_attention: its kernel takes compute capability 8.0 or more, this GPU has "
+            f"{capability[0]}.{capability[1]}; use mvat.kernels.use_backend('eager')"
+        )
+    return _PLANS.get(capability[0], _OTHERS)[kind]
