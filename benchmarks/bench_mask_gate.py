@@ -10,7 +10,7 @@ from benchmarks.peers import op_variants
 from benchmarks.shapes import Layer, Point, features, parameter, places
 from mvat.kernels import mask_gate
 from mvat.kernels.mask_gate import mask_gate_reference
-from mvat.models.blocks import BasicConv
+from mvat.models.blocks import MultiView
 
 
 def _inputs(layer: Layer, point: Point) -> list[Tensor]:
@@ -20,8 +20,8 @@ def _inputs(layer: Layer, point: Point) -> list[Tensor]:
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    # The block's input, and its output, have the shape of what goes into its shortcut.
-    for layer, point, shape in places(BasicConv, settings.quick, "attn_block.shortcut"):
+    # What goes through the gate has the shape of the block's input and output.
+    for layer, point, shape in places(MultiView, settings.quick):
         yield Case(
             "mask_gate",
             shape,

@@ -74,11 +74,11 @@ def build(preset: str) -> Manner:
     return model.eval()
 
 
-def layers(preset: str, samples: int, kind: type[nn.Module], ending: str = "") -> list[Layer]:
-    """The modules of a kind, whose names end so, in execution order."""
+def layers(preset: str, samples: int, kind: type[nn.Module]) -> list[Layer]:
+    """The modules of a kind, in execution order."""
     found = []
     for name, module, shape in _calls(preset, samples):
-        if isinstance(module, kind) and name.endswith(ending):
+        if isinstance(module, kind):
             place = name.removeprefix("manner_block.").split(".attn_block")[0].split(".conv_block")[0]
             found.append(Layer(place, module, shape[1], shape[2]))
     return found
@@ -102,14 +102,14 @@ def _calls(preset: str, samples: int) -> list[tuple[str, nn.Module, torch.Size]]
     return calls
 
 
-def places(kind: type[nn.Module], quick: bool, ending: str = "") -> Iterator[tuple[Layer, Point, dict[str, Any]]]:
+def places(kind: type[nn.Module], quick: bool) -> Iterator[tuple[Layer, Point, dict[str, Any]]]:
     """At every point the longest and the deepest layer of a kind, with four clips the first one too.
 
     Each shape comes once, with its names for the results.
     """
     seen = set()
     for point in points(quick):
-        everywhere = layers(point.preset, point.samples, kind, ending)
+        everywhere = layers(point.preset, point.samples, kind)
         ends = [max(everywhere, key=lambda x: x.length), min(everywhere, key=lambda x: x.length)]
         for layer in (*ends, *everywhere[: point.batch == 4]):
             key = (point.batch, layer.channels, layer.length)

@@ -232,9 +232,7 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
     return np.ascontiguousarray(result.T).reshape(*samples.shape[:-1], -1)
 
 
-def resample_blocks(
-    blocks: Iterable[np.ndarray], rate_in: int, rate_out: int, length: int
-) -> Iterator[np.ndarray]:
+def resample_blocks(blocks: Iterable[np.ndarray], rate_in: int, rate_out: int, length: int) -> Iterator[np.ndarray]:
     """Resample block by block; the blocks' sum is what `resample` gives, bit for bit, but for its length.
 
     Args:

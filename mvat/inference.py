@@ -158,9 +158,7 @@ def _source(name: str, audio: Any, sample_rate: int | None) -> _Source:
     return _Source(audio, rate, tuple(audio.shape), lambda: iter([samples.reshape(-1, samples.shape[-1])]))
 
 
-def _enhanced(
-    source: _Source, model: nn.Module, window: Window, update: Callable[[float], object]
-) -> Iterator[Tensor]:
+def _enhanced(source: _Source, model: nn.Module, window: Window, update: Callable[[float], object]) -> Iterator[Tensor]:
     """The enhanced audio in blocks [channels, T_i], at the rate and of the length of the source."""
     length = max(1, round(source.seconds * SAMPLE_RATE))
     if window == "auto":

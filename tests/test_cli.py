@@ -343,7 +343,7 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, capsys, monkeypatch) -> None:
         (["enhance", "a.wav"], "-o"),
         (["enhance", "a.wav", "-o", "b.wav", "--device", "tpu"], "cuda"),
         (["enhance", "a.wav", "-o", "b.wav", "--check", "x"], "--check"),
-        (["enhance", "a.wav", "-o", "b.wav", "--window", "0.5"], 'seconds, 1 at least, or "whole", got \'0.5\''),
+        (["enhance", "a.wav", "-o", "b.wav", "--window", "0.5"], "seconds, 1 at least, or \"whole\", got '0.5'"),
         (["enhance", "a.wav", "-o", "b.wav", "--window", "nan"], "'nan'"),
         (["enhance", "a.wav", "-o", "b.wav", "--window", "long"], "'long'"),
         (["info", "--seconds", "nan"], "'nan'"),

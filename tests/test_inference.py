@@ -204,9 +204,7 @@ def test_a_recording_up_to_the_limit_runs_whole(monkeypatch: pytest.MonkeyPatch)
         assert module.lengths == lengths
 
 
-def test_windows_are_normalised_by_the_seconds_around_them(
-    model: mvat.Manner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_windows_are_normalised_by_the_seconds_around_them(model: mvat.Manner, monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[torch.Tensor] = []
     forward = mvat.Manner.forward
 
@@ -286,9 +284,7 @@ def test_a_list_gives_a_list(model: mvat.Manner, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_a_failure_half_way_leaves_the_folder_as_it_was(
-    tmp_path: Path, failure: BaseException, existing: bool
-) -> None:
+def test_a_failure_half_way_leaves_the_folder_as_it_was(tmp_path: Path, failure: BaseException, existing: bool) -> None:
     source, target = long_recording(tmp_path / "in.wav"), tmp_path / "out.wav"
     if existing:
         target.write_text("precious")

@@ -63,7 +63,11 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
 
 def implement_in_triton(operator: str) -> None:
     """Make mvat.kernels.triton.<operator>, imported at the first call, its CUDA kernels; where Triton is there."""
-    if missing(operator) is not None or importlib.util.find_spec("triton") is None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # what stands in for the importer may say so
+        found = False
+    if missing(operator) is not None or not found:
         return
 
     def lazily(function: str) -> Function:

@@ -246,9 +246,7 @@ register("norm_act_conv", native.supports("norm_act_conv", ("cpu",)))
 
 def _length(length: int, weight: Tensor, stride: int, padding: int, transposed: bool) -> int:
     kernel = weight.shape[2]
-    return (
-        (length - 1) * stride + kernel - 2 * padding if transposed else (length + 2 * padding - kernel) // stride + 1
-    )
+    return (length - 1) * stride + kernel - 2 * padding if transposed else (length + 2 * padding - kernel) // stride + 1
 
 
 def _conv_fake(x, norm_weight, norm_bias, mean, var, weight, bias, eps, activation, stride, padding, groups, *rest):

@@ -94,6 +94,8 @@ class MannerBlock(nn.Module):
         """The block's output; what is wanted of it goes to `collected`. None when nothing after it is needed."""
         if block is None:
             return x
+        if not want:
+            return block(x)
         views = block.views(x)
         if want == "views":
             collected.append(views)
