@@ -73,12 +73,18 @@ def name(device: str) -> str:
 
 
 def cpu_model() -> str:
-    """The processor's own name where Linux tells it, else its architecture."""
+    """The processor's name and family where Linux tells them, else its architecture.
+
+    The family because a virtual machine may hide which generation its processor is of ("AMD EPYC").
+    """
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.machine()
+        text = ""
+    name, family = (re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family"))
+    if not name:
+        return platform.machine()
+    return f"{name[1].strip()} family {family[1].strip()}" if family else name[1].strip()
 
 
 def _version(package: str) -> str | None:
