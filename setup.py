@@ -23,6 +23,8 @@ COMPILE = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp-simd",
+    "-g0",  # Python's own flags ask for debugging symbols: five times the size
+    "-Wno-psabi",  # vectors as arguments: nothing that takes them is ever called
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
 if platform.machine().lower() in ("x86_64", "amd64"):

@@ -15,6 +15,8 @@ RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 #: Samples that the longest STFT needs to reflect its padding.
 SHORTEST = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
 VIEW_NAMES = Views._fields
+#: The spectral part's weight, of each resolution.
+_HALF_MEAN = 0.5 / len(RESOLUTIONS)
 
 
 def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
@@ -41,11 +43,17 @@ def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
     return clips
 
 
-def _magnitude(x: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
-    """sqrt(max(re^2 + im^2, 1e-7)) of x [B, T], periodic Hann window, centred, reflect padding: [B, F, frames]."""
+def _spectrum(x: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
+    """The STFT of x [B, T], periodic Hann window, centred, reflect padding: [B, F, frames]."""
     window = torch.hann_window(window_length, dtype=x.dtype, device=x.device)
-    spectrum = torch.stft(x, n_fft, hop, window_length, window, center=True, pad_mode="reflect", return_complex=True)
-    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-7).sqrt()
+    return torch.stft(x, n_fft, hop, window_length, window, center=True, pad_mode="reflect", return_complex=True)
+
+
+def _spectral_distance(estimate: Tensor, target: Tensor) -> Tensor:
+    """Spectral convergence and the mean difference of log magnitudes of two spectra [B, F, frames]: [B]."""
+    x, y = ((s.real.square() + s.imag.square()).clamp(min=1e-7).sqrt() for s in (estimate, target))
+    convergence = torch.linalg.vector_norm(y - x, dim=(1, 2)) / torch.linalg.vector_norm(y, dim=(1, 2))
+    return convergence + (y.log() - x.log()).abs().mean((1, 2))
 
 
 def mrstft_distance(estimate: Tensor, target: Tensor) -> Tensor:
@@ -62,10 +70,7 @@ def mrstft_distance(estimate: Tensor, target: Tensor) -> Tensor:
     x, y = _as_clips("mrstft_distance", estimate=estimate, target=target)
     distance = (x - y).abs().mean(1)
     for resolution in RESOLUTIONS:
-        x_mag, y_mag = _magnitude(x, *resolution), _magnitude(y, *resolution)
-        convergence = torch.linalg.vector_norm(y_mag - x_mag, dim=(1, 2)) / torch.linalg.vector_norm(y_mag, dim=(1, 2))
-        log_difference = (y_mag.log() - x_mag.log()).abs().mean((1, 2))
-        distance = distance + 0.5 / len(RESOLUTIONS) * (convergence + log_difference)
+        distance = distance + _HALF_MEAN * _spectral_distance(_spectrum(x, *resolution), _spectrum(y, *resolution))
     return distance
 
 
@@ -74,6 +79,8 @@ def weighted_mrstft_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tens
 
         a D(estimate, clean) + (1 - a) D(noisy - estimate, noisy - clean),   D = `mrstft_distance`,
         a = |clean|^2 / (|clean|^2 + |noisy - clean|^2 + 2e-7),   then the mean over the batch
+
+    The STFT is linear: the residuals' spectra are differences, and a gradient passes through one STFT a resolution.
 
     Args:
         estimate, clean, noisy: audio [B, T] or [B, 1, T], at least 1025 samples.
@@ -84,9 +91,13 @@ def weighted_mrstft_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tens
     noise = noisy - clean
     speech_energy, noise_energy = clean.square().sum(1), noise.square().sum(1)
     a = speech_energy / (speech_energy + noise_energy + 2e-7)
-    speech = mrstft_distance(estimate, clean)
-    residual = mrstft_distance(noisy - estimate, noise)
-    return (a * speech + (1 - a) * residual).mean()
+    # In time both distances are the same: (noisy - estimate) - (noisy - clean) is clean - estimate.
+    distance = (estimate - clean).abs().mean(1)
+    for resolution in RESOLUTIONS:
+        x, y, mixture = (_spectrum(signal, *resolution) for signal in (estimate, clean, noisy))
+        speech, residual = _spectral_distance(x, y), _spectral_distance(mixture - x, mixture - y)
+        distance = distance + _HALF_MEAN * (a * speech + (1 - a) * residual)
+    return distance.mean()
 
 
 class AttentionTransferLoss(nn.Module):

@@ -24,9 +24,6 @@
 // What was stored before it is not kept in registers for after it.
 #define MVAT_FENCE asm volatile("" ::: "memory")
 
-// Vectors as arguments have no fixed calling convention, but nothing here is ever called: all is inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 // The level of x86-64 that this processor has: 4 (AVX-512), 3 (AVX2 and FMA) or 1.
 inline int isa_level() {
 #if MVAT_LEVELS

@@ -13,8 +13,6 @@
 
 #include "isa.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // the vectors that functions take and give never leave an inlined body
-
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define MVAT_LEVELS 1
 #define MVAT_V3 __attribute__((target("arch=x86-64-v3")))
