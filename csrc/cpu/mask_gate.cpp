@@ -102,7 +102,7 @@ struct Tile {
       int64_t i = 0;
       for (; i < count; i += L) {
         const V d = conv::load_lanes<T, L>(grad + i, count - i);
-        const V kept = conv::load_lanes<T, L>(z + o * g.row + i, L) > T(0) ? d : V{};
+        const V kept = conv::load_lanes<T, L>(z + o * g.row + i, L) <= T(0) ? V{} : d;
         conv::store_lanes<T, L>(kept, dz + o * g.row + i, L);
         sum += kept;
         if (shortcut) {
@@ -303,7 +303,8 @@ void check(const Tensor& x, const NormTensors& norm, const Weights& w, const Opt
                   "mask_gate: expected x [B, C, T] of float32 or float64");
   STD_TORCH_CHECK(w.gates.dim() == 3 && w.last.dim() == 3 && w.gates.size(0) % 2 == 0 && w.gates.size(1) == x.size(1) &&
                       w.gates.size(2) == 1 && w.last.size(2) == 1 && w.last.size(1) * 2 == w.gates.size(0) &&
-                      w.gates_bias.numel() == w.gates.size(0) && w.last_bias.numel() == w.last.size(0),
+                      w.gates_bias.numel() == w.gates.size(0) && w.last_bias.numel() == w.last.size(0) &&
+                      w.gates.numel() > 0 && w.last.numel() > 0,
                   "mask_gate: the weights do not fit ", x.size(1), " channels");
   for (const Tensor* tensor : {&w.gates, &w.gates_bias, &w.last, &w.last_bias})
     STD_TORCH_CHECK(tensor->scalar_type() == type, "mask_gate: expected weights in the dtype of x");

@@ -87,6 +87,8 @@ def mask_gate(
         check_parameter(op, f"{name}_bias", bias, (hidden,), x)
     check_parameter(op, "out_weight", out_weight, (out, hidden, 1), x)
     check_parameter(op, "out_bias", out_bias, (out,), x)
+    if 0 in (channels, hidden, out):
+        raise ValueError(f"{op}: weights must not be empty, got {hidden} x {channels} and {out} x {hidden}")
     if shortcut is not None:
         check_parameter(op, "shortcut", shortcut, (batch, out, length), x)
     if norm is not None:

@@ -149,7 +149,9 @@ def norm_act_conv(
     check_parameter(op, "weight", weight, expected, x)
     if channels % groups or out % groups:
         raise ValueError(f"{op}: groups must divide {channels} channels in and {out} out, got {groups}")
-    if kernel < 1 or length < 1:
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: weight must not be empty, got {list(weight.shape)}")
+    if length < 1:
         raise ValueError(
             f"{op}: x {list(x.shape)} is too short for weight {list(weight.shape)}, stride {stride}, padding {padding}"
         )
