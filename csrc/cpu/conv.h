@@ -258,7 +258,7 @@ MVAT_INLINE void transpose(const T* from, int64_t row, int64_t rows, int64_t col
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void outer_rows(const T* grad, int64_t grad_row, const T* panel, int64_t panel_row, int64_t columns, int64_t in, T* out,
                             int64_t out_row) {
-  constexpr int64_t kChain = 192;  // columns summed one after the other: rounding grows with a sum's length
+  constexpr int64_t kChain = 384;  // columns summed one after the other: rounding grows with a sum's length
   for (int64_t c = 0; c < in; c += NV * L)
     for (int64_t t = 0; t < columns; t += kChain) {
       typename Simd<T, L>::Vector acc[MR][NV] = {};
