@@ -86,7 +86,7 @@ struct Act {
   template <Activation A>
   MVAT_INLINE void back(const T* da, const T* x, NormRow<T> n, const T* gate, NormRow<T> g, int64_t count, T* dz, T* dgate,
                         double* sums, double* gate_sums) {
-    V sum{}, product{}, gate_sum{}, gate_product{};
+    conv::Sum<T, L> sum, product, gate_sum, gate_product;
     for (int64_t i = 0; i < count; i += L) {
       const int64_t left = count - i;
       const V d = conv::load_lanes<T, L>(da + i, left), in = conv::load_lanes<T, L>(x + i, left);
@@ -110,11 +110,11 @@ struct Act {
       sum += out;
       product += out * ((in - n.mean) * n.inverse);
     }
-    sums[0] += conv::sum_lanes<T, L>(sum);
-    sums[1] += conv::sum_lanes<T, L>(product);
+    sums[0] += sum.lanes();
+    sums[1] += product.lanes();
     if constexpr (A == kGlu) {
-      gate_sums[0] += conv::sum_lanes<T, L>(gate_sum);
-      gate_sums[1] += conv::sum_lanes<T, L>(gate_product);
+      gate_sums[0] += gate_sum.lanes();
+      gate_sums[1] += gate_product.lanes();
     }
   }
 

@@ -87,6 +87,22 @@ MVAT_INLINE T sum_lanes(typename Simd<T, L>::Vector v) {
   }
 }
 
+// A long sum in parts of 16 vectors: rounding grows with the number of additions one after the other.
+template <typename T, int L>
+struct Sum {
+  using V = typename Simd<T, L>::Vector;
+  V whole{}, part{};
+  int64_t count = 0;
+
+  inline __attribute__((always_inline)) void operator+=(V v) {
+    part += v;
+    if (++count % 16) return;
+    whole += part;
+    part = V{};
+  }
+  inline __attribute__((always_inline)) T lanes() const { return sum_lanes<T, L>(whole + part); }
+};
+
 // One block: acc[row][vector] += the products of the weight's rows with the panel, for input channels c0 .. c1.
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void multiply_block(const Conv& conv, const T* weight, const T* panel, int64_t row, int64_t phase_out, int64_t c0,

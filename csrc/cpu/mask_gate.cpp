@@ -98,7 +98,7 @@ struct Tile {
     for (int64_t o = 0; o < g.out; o++) {
       const T *grad = g.grad.row(b, o) + t, *shortcut = g.shortcut.data ? g.shortcut.row(b, o) + t : nullptr;
       const NormRow<T> n = g.shortcut_norm[o];
-      V sum{}, shortcut_sum{}, shortcut_product{};
+      conv::Sum<T, L> sum, shortcut_sum, shortcut_product;
       int64_t i = 0;
       for (; i < count; i += L) {
         const V d = conv::load_lanes<T, L>(grad + i, count - i);
@@ -111,16 +111,16 @@ struct Tile {
         }
       }
       std::fill(dz + o * g.row + i, dz + (o + 1) * g.row, T(0));
-      sums.last_bias[o] += conv::sum_lanes<T, L>(sum);
+      sums.last_bias[o] += sum.lanes();
       if (shortcut) {
-        sums.shortcut[2 * o] += conv::sum_lanes<T, L>(shortcut_sum);
-        sums.shortcut[2 * o + 1] += conv::sum_lanes<T, L>(shortcut_product);
+        sums.shortcut[2 * o] += shortcut_sum.lanes();
+        sums.shortcut[2 * o + 1] += shortcut_product.lanes();
       }
     }
     conv::weight_gradient<T, L, NV, MR>(last, dz, g.row, product, g.row, g.columns, turned, sums.last);
     conv::product<T, L, NV, MR>(g.pointwise(g.out, g.hidden), g.last_turned, nullptr, dz, g.row, g.columns, d_product, g.row);
     for (int64_t h = 0; h < g.hidden; h++) {
-      V sum{}, sum2{};
+      conv::Sum<T, L> sum, sum2;
       for (int64_t i = h * g.row; i < h * g.row + g.columns; i += L) {
         const V d = conv::load_lanes<T, L>(d_product + i, L);
         const V first = conv::load_lanes<T, L>(two + i, L), second = conv::load_lanes<T, L>(two + plane + i, L);
@@ -130,8 +130,8 @@ struct Tile {
         sum += one;
         sum2 += other;
       }
-      sums.gates_bias[h] += conv::sum_lanes<T, L>(sum);
-      sums.gates_bias[g.hidden + h] += conv::sum_lanes<T, L>(sum2);
+      sums.gates_bias[h] += sum.lanes();
+      sums.gates_bias[g.hidden + h] += sum2.lanes();
     }
     conv::weight_gradient<T, L, NV, MR>(gate, two, g.row, u, g.row, g.columns, turned, sums.gates);
     conv::product<T, L, NV, MR>(g.pointwise(2 * g.hidden, g.in), g.gates_turned, nullptr, two, g.row, g.columns, du, g.row);

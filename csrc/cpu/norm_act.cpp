@@ -78,14 +78,14 @@ struct Pass {
   }
 
   MVAT_INLINE void products(const T* dz, const T* x, NormRow<T> n, int64_t count, double* sums) {
-    V sum{}, product{};
+    conv::Sum<T, L> sum, product;
     for (int64_t i = 0; i < count; i += L) {
       const V d = conv::load_lanes<T, L>(dz + i, count - i);
       sum += d;
       product += d * ((conv::load_lanes<T, L>(x + i, count - i) - n.mean) * n.inverse);
     }
-    sums[0] += conv::sum_lanes<T, L>(sum);
-    sums[1] += conv::sum_lanes<T, L>(product);
+    sums[0] += sum.lanes();
+    sums[1] += product.lanes();
   }
 
   MVAT_INLINE void moments(const T* x, int64_t count, Moments& out) {
