@@ -35,7 +35,8 @@ struct Act {
     V e = z * T(-1.4426950408889634);
     e = e < T(99) ? e : V{} + T(99);  // a NaN becomes one again below
     exp2_lanes<L>(e);
-    return T(1) / (T(1) + e) + (z - z);
+    const V s = T(1) / (T(1) + e);
+    return z == z ? s : z;
   }
 
   // Near zero a polynomial in z^2, within an ulp; elsewhere (1 - e) / (1 + e) with e = exp(-2 |z|).
@@ -51,7 +52,7 @@ struct Act {
       V e = size * T(-2.8853900817779268);
       exp2_lanes<L>(e);
       const V far = (T(1) - e) / (T(1) + e);
-      return size < T(0.55) ? z + z * square * p : z < T(0) ? -far : far + (z - z);
+      return size < T(0.55) ? z + z * square * p : z < T(0) ? -far : z == z ? far : z;
     }
   }
 
@@ -85,13 +86,13 @@ struct Act {
   template <Activation A>
   MVAT_INLINE void back(const T* da, const T* x, NormRow<T> n, const T* gate, NormRow<T> g, int64_t count, T* dz, T* dgate,
                         double* sums, double* gate_sums) {
-    V sum{}, product{}, gate_sum{}, gate_product{};
+    conv::Sum<T, L> sum, product, gate_sum, gate_product;
     for (int64_t i = 0; i < count; i += L) {
       const int64_t left = count - i;
       const V d = conv::load_lanes<T, L>(da + i, left), in = conv::load_lanes<T, L>(x + i, left);
       const V z = in * n.scale + n.shift;
       V out = d;
-      if constexpr (A == kRelu) out = z > T(0) ? d : V{};
+      if constexpr (A == kRelu) out = z <= T(0) ? V{} : d;  // a NaN hands its gradient on, as in eager
       if constexpr (A == kSilu) {
         const V s = sigmoid(z);
         out = d * (s * (T(1) + z * (T(1) - s)));
@@ -109,11 +110,11 @@ struct Act {
       sum += out;
       product += out * ((in - n.mean) * n.inverse);
     }
-    sums[0] += conv::sum_lanes<T, L>(sum);
-    sums[1] += conv::sum_lanes<T, L>(product);
+    sums[0] += sum.lanes();
+    sums[1] += product.lanes();
     if constexpr (A == kGlu) {
-      gate_sums[0] += conv::sum_lanes<T, L>(gate_sum);
-      gate_sums[1] += conv::sum_lanes<T, L>(gate_product);
+      gate_sums[0] += gate_sum.lanes();
+      gate_sums[1] += gate_product.lanes();
     }
   }
 

@@ -87,6 +87,22 @@ MVAT_INLINE T sum_lanes(typename Simd<T, L>::Vector v) {
   }
 }
 
+// A long sum in parts of 16 vectors: rounding grows with the number of additions one after the other.
+template <typename T, int L>
+struct Sum {
+  using V = typename Simd<T, L>::Vector;
+  V whole{}, part{};
+  int64_t count = 0;
+
+  inline __attribute__((always_inline)) void operator+=(V v) {
+    part += v;
+    if (++count % 16) return;
+    whole += part;
+    part = V{};
+  }
+  inline __attribute__((always_inline)) T lanes() const { return sum_lanes<T, L>(whole + part); }
+};
+
 // One block: acc[row][vector] += the products of the weight's rows with the panel, for input channels c0 .. c1.
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void multiply_block(const Conv& conv, const T* weight, const T* panel, int64_t row, int64_t phase_out, int64_t c0,
@@ -259,16 +275,18 @@ MVAT_INLINE void transpose(const T* from, int64_t row, int64_t rows, int64_t col
 template <typename T, int L, int NV, int MR>
 MVAT_INLINE void outer_rows(const T* grad, int64_t grad_row, const T* panel, int64_t panel_row, int64_t columns, int64_t in, T* out,
                             int64_t out_row) {
-  for (int64_t c = 0; c < in; c += NV * L) {
-    typename Simd<T, L>::Vector acc[MR][NV] = {};
-    multiply_add<T, L, NV, MR>(acc, panel + c, panel_row, grad, grad_row, 1, columns);
-    MVAT_UNROLL for (int r = 0; r < MR; r++)
-      MVAT_UNROLL for (int v = 0; v < NV; v++)
-        if (c + v * L < in) {
-          T* to = out + r * out_row + c + v * L;
-          store_lanes<T, L>(load_lanes<T, L>(to, in - c - v * L) + acc[r][v], to, in - c - v * L);
-        }
-  }
+  constexpr int64_t kChain = 384;  // columns summed one after the other: rounding grows with a sum's length
+  for (int64_t c = 0; c < in; c += NV * L)
+    for (int64_t t = 0; t < columns; t += kChain) {
+      typename Simd<T, L>::Vector acc[MR][NV] = {};
+      multiply_add<T, L, NV, MR>(acc, panel + t * panel_row + c, panel_row, grad + t, grad_row, 1, std::min(kChain, columns - t));
+      MVAT_UNROLL for (int r = 0; r < MR; r++)
+        MVAT_UNROLL for (int v = 0; v < NV; v++)
+          if (c + v * L < in) {
+            T* to = out + r * out_row + c + v * L;
+            store_lanes<T, L>(load_lanes<T, L>(to, in - c - v * L) + acc[r][v], to, in - c - v * L);
+          }
+    }
 }
 
 // Channels from which on it pays to transpose the panel.

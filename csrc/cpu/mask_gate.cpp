@@ -98,11 +98,11 @@ struct Tile {
     for (int64_t o = 0; o < g.out; o++) {
       const T *grad = g.grad.row(b, o) + t, *shortcut = g.shortcut.data ? g.shortcut.row(b, o) + t : nullptr;
       const NormRow<T> n = g.shortcut_norm[o];
-      V sum{}, shortcut_sum{}, shortcut_product{};
+      conv::Sum<T, L> sum, shortcut_sum, shortcut_product;
       int64_t i = 0;
       for (; i < count; i += L) {
         const V d = conv::load_lanes<T, L>(grad + i, count - i);
-        const V kept = conv::load_lanes<T, L>(z + o * g.row + i, L) > T(0) ? d : V{};
+        const V kept = conv::load_lanes<T, L>(z + o * g.row + i, L) <= T(0) ? V{} : d;
         conv::store_lanes<T, L>(kept, dz + o * g.row + i, L);
         sum += kept;
         if (shortcut) {
@@ -111,16 +111,16 @@ struct Tile {
         }
       }
       std::fill(dz + o * g.row + i, dz + (o + 1) * g.row, T(0));
-      sums.last_bias[o] += conv::sum_lanes<T, L>(sum);
+      sums.last_bias[o] += sum.lanes();
       if (shortcut) {
-        sums.shortcut[2 * o] += conv::sum_lanes<T, L>(shortcut_sum);
-        sums.shortcut[2 * o + 1] += conv::sum_lanes<T, L>(shortcut_product);
+        sums.shortcut[2 * o] += shortcut_sum.lanes();
+        sums.shortcut[2 * o + 1] += shortcut_product.lanes();
       }
     }
     conv::weight_gradient<T, L, NV, MR>(last, dz, g.row, product, g.row, g.columns, turned, sums.last);
     conv::product<T, L, NV, MR>(g.pointwise(g.out, g.hidden), g.last_turned, nullptr, dz, g.row, g.columns, d_product, g.row);
     for (int64_t h = 0; h < g.hidden; h++) {
-      V sum{}, sum2{};
+      conv::Sum<T, L> sum, sum2;
       for (int64_t i = h * g.row; i < h * g.row + g.columns; i += L) {
         const V d = conv::load_lanes<T, L>(d_product + i, L);
         const V first = conv::load_lanes<T, L>(two + i, L), second = conv::load_lanes<T, L>(two + plane + i, L);
@@ -130,8 +130,8 @@ struct Tile {
         sum += one;
         sum2 += other;
       }
-      sums.gates_bias[h] += conv::sum_lanes<T, L>(sum);
-      sums.gates_bias[g.hidden + h] += conv::sum_lanes<T, L>(sum2);
+      sums.gates_bias[h] += sum.lanes();
+      sums.gates_bias[g.hidden + h] += sum2.lanes();
     }
     conv::weight_gradient<T, L, NV, MR>(gate, two, g.row, u, g.row, g.columns, turned, sums.gates);
     conv::product<T, L, NV, MR>(g.pointwise(2 * g.hidden, g.in), g.gates_turned, nullptr, two, g.row, g.columns, du, g.row);
@@ -303,7 +303,8 @@ void check(const Tensor& x, const NormTensors& norm, const Weights& w, const Opt
                   "mask_gate: expected x [B, C, T] of float32 or float64");
   STD_TORCH_CHECK(w.gates.dim() == 3 && w.last.dim() == 3 && w.gates.size(0) % 2 == 0 && w.gates.size(1) == x.size(1) &&
                       w.gates.size(2) == 1 && w.last.size(2) == 1 && w.last.size(1) * 2 == w.gates.size(0) &&
-                      w.gates_bias.numel() == w.gates.size(0) && w.last_bias.numel() == w.last.size(0),
+                      w.gates_bias.numel() == w.gates.size(0) && w.last_bias.numel() == w.last.size(0) &&
+                      w.gates.numel() > 0 && w.last.numel() > 0,
                   "mask_gate: the weights do not fit ", x.size(1), " channels");
   for (const Tensor* tensor : {&w.gates, &w.gates_bias, &w.last, &w.last_bias})
     STD_TORCH_CHECK(tensor->scalar_type() == type, "mask_gate: expected weights in the dtype of x");

@@ -78,14 +78,14 @@ struct Pass {
   }
 
   MVAT_INLINE void products(const T* dz, const T* x, NormRow<T> n, int64_t count, double* sums) {
-    V sum{}, product{};
+    conv::Sum<T, L> sum, product;
     for (int64_t i = 0; i < count; i += L) {
       const V d = conv::load_lanes<T, L>(dz + i, count - i);
       sum += d;
       product += d * ((conv::load_lanes<T, L>(x + i, count - i) - n.mean) * n.inverse);
     }
-    sums[0] += conv::sum_lanes<T, L>(sum);
-    sums[1] += conv::sum_lanes<T, L>(product);
+    sums[0] += sum.lanes();
+    sums[1] += product.lanes();
   }
 
   MVAT_INLINE void moments(const T* x, int64_t count, Moments& out) {
@@ -94,8 +94,9 @@ struct Pass {
     out.add(double(count), mean, m2);
   }
 
-  // dx = scale dz - a - b x^.
+  // dx = scale dz - a - b x^; without an x, scale dz.
   MVAT_INLINE void gradient(const T* dz, const T* x, NormRow<T> n, T a, T b, int64_t count, T* out) {
+    if (!x) return A::row(kIdentity, dz, {n.scale}, nullptr, {}, count, out);
     for (int64_t i = 0; i < count; i += L) {
       const V d = conv::load_lanes<T, L>(dz + i, count - i);
       const V normal = (conv::load_lanes<T, L>(x + i, count - i) - n.mean) * n.inverse;
@@ -322,9 +323,10 @@ void run_gradient(const Tensor& dz, const Tensor& x, const std::vector<NormRow<T
   const T* sum = sums.const_data_ptr<T>();
   const int64_t channels = x.size(1);
   over_rows(x.size(0), channels, x.size(2), [&](int64_t b, int64_t c, int64_t from, int64_t size, int64_t) {
-    const double scale = training ? double(norm[c].scale) / count : 0;
-    level<T>().gradient(d.row(b, c) + from, f.row(b, c) + from, norm[c], T(scale * double(sum[c])), T(scale * double(sum[channels + c])),
-                        size, out.row(b, c) + from);
+    // Statistics that do not come from x leave its samples apart: a NaN in one must not reach the others through the sums.
+    const double scale = double(norm[c].scale) / count;
+    level<T>().gradient(d.row(b, c) + from, training ? f.row(b, c) + from : nullptr, norm[c], T(scale * double(sum[c])),
+                        T(scale * double(sum[channels + c])), size, out.row(b, c) + from);
   });
 }
 

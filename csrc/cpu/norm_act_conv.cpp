@@ -81,8 +81,10 @@ template <typename T>
 Stage<T> stage(const Tensor& x, const std::vector<NormRow<T>>& norm, const Tensor& weight, const Arguments& a) {
   const Level<T>& kernels = level<T>();
   const int64_t kernel = weight.size(2), per_group = (a.activation == kGlu ? x.size(1) / 2 : x.size(1)) / a.groups;
+  // A stride beyond the signal leads nowhere, and its phases would only take memory.
+  const int64_t stride = a.transposed ? a.stride : std::min(a.stride, x.size(2) + 2 * a.padding);
   Stage<T> s{};
-  s.conv = {per_group, channels_out(weight, a) / a.groups, kernel, a.stride, a.padding, a.transposed,
+  s.conv = {per_group, channels_out(weight, a) / a.groups, kernel, stride, a.padding, a.transposed,
             x.size(2), length_out(x, weight, a)};
   s.groups = a.groups;
   s.channels = x.size(1);
@@ -234,7 +236,7 @@ void check(const Tensor& x, const NormTensors& norm, const Tensor& weight, const
   STD_TORCH_CHECK(a.stride >= 1 && a.padding >= 0 && a.groups >= 1 && channels % a.groups == 0 && weight.size(0) % a.groups == 0 &&
                       (a.transposed ? weight.size(0) : weight.size(1) * a.groups) == channels && weight.scalar_type() == type,
                   "norm_act_conv: the weight does not fit ", channels, " channels in ", a.groups, " groups");
-  STD_TORCH_CHECK(weight.size(2) >= 1 && length_out(x, weight, a) >= 1, "norm_act_conv: x is too short");
+  STD_TORCH_CHECK(weight.numel() > 0 && length_out(x, weight, a) >= 1, "norm_act_conv: x is too short or the weight empty");
   STD_TORCH_CHECK(!bias || (bias->numel() == channels_out(weight, a) && bias->scalar_type() == type),
                   "norm_act_conv: the bias does not fit");
   STD_TORCH_CHECK(norm.weight.has_value() == norm.bias.has_value() && norm.weight.has_value() == norm.mean.has_value() &&

@@ -155,9 +155,9 @@ struct Tile {
   }
 
   MVAT_INLINE double sum(const T* x, int64_t count) {
-    typename Simd<T, L>::Vector total{};
+    conv::Sum<T, L> total;
     for (int64_t i = 0; i < count; i += L) total += conv::load_lanes<T, L>(x + i, count - i);
-    return conv::sum_lanes<T, L>(total);
+    return total.lanes();
   }
 };
 

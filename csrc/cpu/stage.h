@@ -49,8 +49,9 @@ std::vector<NormRow<T>> norm_rows(const NormTensors& norm, int64_t channels) {
   const torch::stable::Tensor mean = torch::stable::contiguous(*norm.mean), var = torch::stable::contiguous(*norm.var);
   const T *w = weight.const_data_ptr<T>(), *b = bias.const_data_ptr<T>(), *m = mean.const_data_ptr<T>(), *v = var.const_data_ptr<T>();
   for (int64_t c = 0; c < channels; c++) {
-    const double inverse = 1 / std::sqrt(double(v[c]) + norm.eps), scale = double(w[c]) * inverse;
-    rows[c] = {T(scale), T(double(b[c]) - double(m[c]) * scale), m[c], T(inverse)};
+    const double inverse = 1 / std::sqrt(double(v[c]) + norm.eps);
+    const T scale = T(double(w[c]) * inverse);  // the shift goes with the rounded one, or a large mean would not cancel
+    rows[c] = {scale, T(double(b[c]) - double(m[c]) * double(scale)), m[c], T(inverse)};
   }
   return rows;
 }

@@ -2,10 +2,17 @@
 
     y = relu(W3 (tanh(W1 u + b1) * sigmoid(W2 u + b2)) + b3) + shortcut_norm(shortcut),        u = norm(x)
 
-All three are 1x1 convolutions; the norms are left out where none is given. The CPU kernel (csrc/cpu/mask_gate.cpp)
-takes a tile of samples through all products in cache: x and the shortcut are read once and y is written once. Its
-backward pass keeps nothing but the inputs and makes the gates anew. Source: Park et al., "MANNER", ICASSP 2022; the
-gate itself is that of WaveNet (van den Oord et al., 2016).
+All three are 1x1 convolutions; the norms are left out where none is given.
+
+The CPU kernel (csrc/cpu/mask_gate.cpp) takes a tile of up to 768 samples of all channels through the whole formula
+while it lies in the second cache. x is normalised on its way into the tile, W1 and W2 are one product, and the
+shortcut is normalised and added as y is written: x and the shortcut are read once, y is written once, nothing else is
+kept. The backward pass reads y's gradient, x and the shortcut, makes the gates anew, and writes the gradient behind
+x's norm. It gathers the weights' gradients and the sums over batch and time that both norms' gradients take
+(mvat.kernels.norm); in training one more pass each turns the gradients behind the norms into those of x and of the
+shortcut. Partial sums belong to runs of tiles that depend on the shape alone, so the number of threads changes no bit.
+
+Source: Park et al., "MANNER", ICASSP 2022; the gate itself is that of WaveNet (van den Oord et al., 2016).
 """
 
 import torch
@@ -88,12 +95,14 @@ def mask_gate(
         check_parameter(op, f"{name}_bias", bias, (hidden,), x)
     check_parameter(op, "out_weight", out_weight, (out, hidden, 1), x)
     check_parameter(op, "out_bias", out_bias, (out,), x)
+    if 0 in (channels, hidden, out):
+        raise ValueError(f"{op}: weights must not be empty, got {hidden} x {channels} and {out} x {hidden}")
     if shortcut is not None:
         check_parameter(op, "shortcut", shortcut, (batch, out, length), x)
     if norm is not None:
-        check_norm(op, "norm", norm, channels, x)
+        check_norm(op, "norm", norm, channels, x, statistics)
     if shortcut_norm is not None:
-        check_norm(op, "shortcut_norm", shortcut_norm, out, x)
+        check_norm(op, "shortcut_norm", shortcut_norm, out, x, shortcut_statistics)
     weights = tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias
     if not use_fused(op, x):
         return mask_gate_reference(x, *weights, shortcut, norm=norm, shortcut_norm=shortcut_norm, training=training)

@@ -101,6 +101,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def no_second_derivative(operator: str) -> Function:
+    """The gradient of an operator that is part of a backward pass: an error that names the op."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"{operator}: a second derivative is not supported by the fused kernel; "
+            "use mvat.kernels.use_backend('eager')"
+        )
+
+    return backward
+
+
 def complete(
     operator: str, fake: Function, fake_backward: Function, setup_context: Function, backward: Function
 ) -> None:
@@ -111,13 +123,7 @@ def complete(
     if missing(operator) is not None:
         return
 
-    def second_backward(ctx, *grads):
-        raise RuntimeError(
-            f"{operator}: a second derivative is not supported by the fused kernel; "
-            "use mvat.kernels.use_backend('eager')"
-        )
-
     torch.library.register_fake(f"mvat::{operator}", fake)
     torch.library.register_fake(f"mvat::{operator}_backward", fake_backward)
     torch.library.register_autograd(f"mvat::{operator}", backward, setup_context=setup_context)
-    torch.library.register_autograd(f"mvat::{operator}_backward", second_backward)
+    torch.library.register_autograd(f"mvat::{operator}_backward", no_second_derivative(operator))

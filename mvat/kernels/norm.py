@@ -42,8 +42,13 @@ class Norm(NamedTuple):
         return cls(module.weight, module.bias, mean, var, momentum, module.eps)
 
 
-def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor) -> None:
-    """TypeError or ValueError unless `norm` is a Norm (or an equal tuple) for this number of channels."""
+def check_norm(
+    op: str, name: str, norm: object, channels: int, x: Tensor, statistics: Tensor | None = None
+) -> None:
+    """TypeError or ValueError unless `norm` is a Norm (or an equal tuple) for this number of channels.
+
+    Its features' statistics, where there are any, must be [2, channels].
+    """
     if not isinstance(norm, tuple) or len(norm) != len(Norm._fields):
         raise TypeError(f"{op}: {name} must be a tuple ({', '.join(Norm._fields)}), got {type(norm).__name__}")
     for field, value in zip(Norm._fields[:2], norm[:2], strict=True):
@@ -51,6 +56,8 @@ def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor) -> No
     for field, value in zip(Norm._fields[2:4], norm[2:4], strict=True):
         # The statistics stay float32 where the parameters are half precision, so their dtype is their own.
         check_parameter(op, f"{name}.{field}", value, (channels,), x, any_dtype=True)
+    if statistics is not None:
+        check_parameter(op, f"the statistics for {name}", statistics, (2, channels), x)
 
 
 def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
@@ -95,3 +102,4 @@ def norm_gradient(dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float
 if native.missing("norm_gradient") is None:
     torch.library.register_fake("mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1])))
     torch.library.register_fake("mvat::norm_gradient", lambda dz, x, *_: x.new_empty(x.shape))
+    torch.library.register_autograd("mvat::norm_gradient", native.no_second_derivative("batch norm"))

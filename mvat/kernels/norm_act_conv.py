@@ -4,6 +4,18 @@
 
 A network written as convolutions that hand their raw output on, each normalised in the next one's prologue, needs one
 read and one write of the features a stage. `norm_act` ends such a chain.
+
+The CPU kernel (csrc/cpu/norm_act_conv.cpp) takes a tile of up to 1536 columns at a time. The rows of x that it needs,
+halo included, are normalised and activated into a panel that stays in the second cache, zeros where the signal ends; a
+stride S splits every row into S phases, so that each tap finds its samples side by side. All products of the tile are
+made from the panel, time in the lanes and the weights broadcast; no tap copies it. Nothing but y is written, and in
+training the mean and variance of y are gathered from each tile before it leaves the cache, so that the next stage's
+norm need not read it. A transposed convolution is the same with the phases in the output, and each of the two is the
+other's gradient. The backward pass reads x and y's gradient once, makes the panel anew, and writes the gradient behind
+the norm, with the weight's gradient and the sums over batch and time that are the gradients of the norm's own weight
+and bias; in training they are also what one more pass needs to turn the gradient behind the norm into that of x
+(mvat.kernels.norm). Partial sums belong to runs of tiles that depend on the shape alone, so the number of threads
+changes no bit.
 """
 
 from collections.abc import Callable
@@ -149,14 +161,16 @@ def norm_act_conv(
     check_parameter(op, "weight", weight, expected, x)
     if channels % groups or out % groups:
         raise ValueError(f"{op}: groups must divide {channels} channels in and {out} out, got {groups}")
-    if kernel < 1 or length < 1:
+    if 0 in weight.shape:
+        raise ValueError(f"{op}: weight must not be empty, got {list(weight.shape)}")
+    if length < 1:
         raise ValueError(
             f"{op}: x {list(x.shape)} is too short for weight {list(weight.shape)}, stride {stride}, padding {padding}"
         )
     if bias is not None:
         check_parameter(op, "bias", bias, (out,), x)
     if norm is not None:
-        check_norm(op, "norm", norm, x.shape[1], x)
+        check_norm(op, "norm", norm, x.shape[1], x, statistics)
     if use_fused(op, x):
         norm = None if norm is None else Norm(*norm)
         y, gathered = torch.ops.mvat.norm_act_conv(
@@ -220,11 +234,11 @@ def norm_act(
     op = "norm_act"
     check_features(op, "x", x)
     _check_activation(op, activation, x.shape[1])
-    check_norm(op, "norm", norm, x.shape[1], x)
+    check_norm(op, "norm", norm, x.shape[1], x, statistics)
     if shortcut is not None:
         check_parameter(op, "shortcut", shortcut, x.shape, x)
     if shortcut_norm is not None:
-        check_norm(op, "shortcut_norm", shortcut_norm, x.shape[1], x)
+        check_norm(op, "shortcut_norm", shortcut_norm, x.shape[1], x, shortcut_statistics)
     if use_fused("norm_act_conv", x):
         norm = Norm(*norm)
         shortcut_norm = None if shortcut_norm is None else Norm(*shortcut_norm)

@@ -151,7 +151,7 @@ def test_eager_calls_no_kernel() -> None:
 def test_auto_calls_the_kernels() -> None:
     with use_backend("auto"):
         called = fused_calls(everything)
-    ops = {"attention_transfer_loss", "channel_attention", "local_attention"}
+    ops = {"attention_transfer_loss", "channel_attention", "local_attention", "mask_gate", "norm_act_conv", "norm_act"}
     assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
 
 
@@ -170,8 +170,10 @@ def test_a_training_step_of_a_preset_runs_the_kernels() -> None:
 
     with use_backend("auto"):
         called = fused_calls(step)
-    ops = {"attention_transfer_loss", "channel_attention", "global_attention", "local_attention"}
+    views = {"channel_attention", "global_attention", "local_attention"}
+    ops = {"attention_transfer_loss", *views, "mask_gate", "norm_act_conv", "norm_act"}
     assert {f"mvat::{op}{which}" for op in ops for which in ("", "_backward")} | {"mvat::attention_map"} <= called
+    assert "mvat::norm_gradient" in called
 
 
 @needs_kernel

@@ -60,6 +60,14 @@ def test_gradcheck(with_shortcut: bool) -> None:
     assert torch.autograd.gradcheck(mask_gate, values if with_shortcut else values[:-1])
 
 
+@pytest.mark.parametrize("shape, hidden, out", [((1, 0, 9), 5, 2), ((1, 3, 9), 0, 2), ((1, 3, 9), 5, 0)])
+def test_empty_weights_are_refused(shape: tuple[int, int, int], hidden: int, out: int) -> None:
+    x = torch.zeros(shape)
+    weights = [torch.zeros(s) for s in ((hidden, shape[1], 1), (hidden,)) * 2 + ((out, hidden, 1), (out,))]
+    with pytest.raises(ValueError, match="^mask_gate: weights must not be empty, got"):
+        mask_gate(x, *weights)
+
+
 def test_the_shortcut_is_not_changed() -> None:
     *values, shortcut = arguments(2, 3, 9)
     before = shortcut.clone()

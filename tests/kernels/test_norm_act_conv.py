@@ -260,6 +260,10 @@ X, W, N = torch.zeros(2, 4, 9), torch.zeros(6, 4, 3), norm(4, torch.float32)
         (X, W[:5, :2], {"groups": 2}, ValueError, "groups must divide 4 channels in and 5 out, got 2"),
         (X[..., :2], W, {}, ValueError, r"x \[2, 4, 2\] is too short for weight \[6, 4, 3\]"),
         (X[..., :0], W, {}, ValueError, r"x \[2, 4, 0\] is too short"),
+        (X, W[:, :, :0], {}, ValueError, r"weight must not be empty, got \[6, 4, 0\]"),
+        (X, W[:0], {}, ValueError, r"weight must not be empty, got \[0, 4, 3\]"),
+        (X[:, :0], W[:, :0], {}, ValueError, r"weight must not be empty, got \[6, 0, 3\]"),
+        (X, W, {"norm": N, "statistics": X[0]}, ValueError, r"the statistics for norm must have shape \[2, 4\], got"),
         (X, W, {"norm": N[:4]}, TypeError, "norm must be a tuple .*, got tuple"),
         (X, W, {"norm": N._replace(weight=torch.zeros(6))}, ValueError, r"norm.weight must have .* \[4\], got \[6\]"),
     ],
@@ -275,6 +279,7 @@ def test_bad_input_is_named(x: object, weight: object, options: dict, error: typ
         ({"norm": None}, TypeError, "norm must be a tuple"),
         ({"activation": "tanh"}, ValueError, "activation must be one of"),
         ({"shortcut": torch.zeros(2, 4, 8)}, ValueError, r"shortcut must have shape \[2, 4, 9\], got \[2, 4, 8\]"),
+        ({"shortcut_norm": N, "shortcut_statistics": X[0]}, ValueError, "the statistics for shortcut_norm"),
         ({"shortcut": X, "shortcut_norm": norm(3)}, ValueError, r"shortcut_norm.weight must have shape \[4\]"),
     ],
 )
@@ -289,6 +294,11 @@ def test_a_depthwise_kernel_is_a_correlation_and_not_flipped() -> None:
     kernel = torch.tensor([[[1.0, 2.0, 3.0]]], dtype=torch.float64)
     assert norm_act_conv(x, kernel, padding=1)[0, 0].tolist() == [0, 3, 2, 1, 0]
     assert norm_act_conv(x, kernel, padding=1, transposed=True)[0, 0].tolist() == [0, 1, 2, 3, 0]
+
+
+def test_a_stride_beyond_the_signal() -> None:
+    x, weight = torch.randn(2, 3, 9), torch.randn(4, 3, 5)
+    assert torch.equal(norm_act_conv(x, weight, stride=10**9), norm_act_conv(x[..., :5], weight))
 
 
 def test_silu_is_the_plain_one() -> None:
