@@ -31,7 +31,7 @@ def difference(model: Manner, x: Tensor) -> float:
         y = model(x)
         with use_backend("eager"):
             expected = model(x)
-    return ((y - expected).abs().max() / expected.abs().max()).item()
+    return ((y - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 37), (1, 1, 800), (3, 1, 4001)])
@@ -49,13 +49,13 @@ def test_the_folded_operators_run(model: Manner) -> None:
         model(torch.randn(1, 1, 400))
     names = {event.name for event in profile.events()}
     assert {"mvat::conv_act", "mvat::conformer_block", "mvat::multi_view_merge"} <= names
-    assert "mvat::norm_act_conv" not in names
+    assert "mvat::norm_act" not in names
 
 
 def _data_columns(model: Manner) -> None:
     for p in model.parameters():
         if p.dim() == 3 and p.shape[1] >= 24 and p.shape[2] == 1:
-            p.data[:, 1:12:2] *= 20
+            p.data[:, 1:12:2] *= 3
 
 
 def _one_value(model: Manner) -> None:
@@ -101,7 +101,8 @@ def test_a_change_of_the_weights_is_seen(model: Manner, change: Callable[[Manner
     x = torch.randn(1, 1, 400)
     with torch.no_grad():
         before = model(x)
-        change(model)
+    change(model)
+    with torch.no_grad():
         assert not torch.allclose(model(x), before, rtol=1e-4)
     assert difference(model, x) < 1e-5
 
