@@ -90,6 +90,6 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   m.def("multi_view_merge(Tensor x, Tensor view0, Tensor view1, Tensor view2, Tensor branches, Tensor branches_bias, Tensor gates,"
         " Tensor gates_bias, Tensor last, Tensor last_bias, Tensor shortcut, Tensor shortcut_bias) -> Tensor");
 
-  // A number that some values a tensor leave: another one tells that the tensors were written to.
+  // A number that the tensors' values leave: another one tells that they were written to.
   m.def("fingerprint(Tensor[] tensors) -> int");
 }

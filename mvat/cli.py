@@ -5,9 +5,12 @@ PyTorch and the audio packages are imported by the commands that need them, so t
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -50,13 +53,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default the process's own) and give its exit status."""
     try:
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        with _terminable():
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         print("mvat: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"mvat: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the command as an exception does, so that nothing half written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: object) -> NoReturn:
+        print("mvat: terminated", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    former = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,6 +263,8 @@ def plan(inputs: Sequence[str], out: str, overwrite: bool = False) -> tuple[list
     Raises:
         ValueError: Two inputs have one output, an output is an input, or `out` is a file where a folder is needed.
     """
+    if not out or "" in inputs:
+        raise ValueError("a name is empty; the folder one is in is written as .")
     target = Path(out)
     if len(inputs) == 1 and not os.path.isdir(inputs[0]):
         into_folder = target.is_dir() or not target.suffix or out.endswith(os.sep)

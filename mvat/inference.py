@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from math import isfinite
+from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -22,7 +22,11 @@ __all__ = ["enhance"]
 MOST_CHANNELS = 1024
 #: What window="auto" means, in seconds: the longest recording that runs whole, and the windows of a longer one.
 WHOLE, WINDOW = 30.0, 10.0
-#: The shortest window that may be asked for, in seconds.
+#: More samples a second are a mistake.
+HIGHEST_RATE = 10_000_000
+#: The longest window that may be asked for, in seconds: a day.
+MOST_WINDOW = 86400.0
+#: The shortest one.
 LEAST_WINDOW = 1.0
 #: Windows that a GPU runs at once; a CPU is as fast with one.
 BATCH = 8
@@ -154,7 +158,8 @@ def _source(name: str, audio: Any, sample_rate: int | None) -> _Source:
         samples = audio.detach()
     else:
         # PyTorch takes neither every numpy dtype nor negative strides.
-        samples = torch.from_numpy(np.ascontiguousarray(audio, np.float64 if audio.itemsize > 4 else np.float32))
+        array = np.ascontiguousarray(audio, np.float64 if audio.itemsize > 4 else np.float32)
+        samples = torch.from_numpy(array if array.flags.writeable else array.copy())
     return _Source(audio, rate, tuple(audio.shape), lambda: iter([samples.reshape(-1, samples.shape[-1])]))
 
 
@@ -269,8 +274,12 @@ def _check_window(window: object) -> None:
         return
     if not isinstance(window, Real) or isinstance(window, bool):
         raise TypeError(f'enhance: window must be seconds, None or "auto", got {window!r}')
-    if not isfinite(window) or window < LEAST_WINDOW:
-        raise ValueError(f"enhance: window must be at least {LEAST_WINDOW:g} second, got {window!r}")
+    try:
+        seconds = float(window)
+    except OverflowError:
+        seconds = inf
+    if not LEAST_WINDOW <= seconds <= MOST_WINDOW:
+        raise ValueError(f"enhance: window must be {LEAST_WINDOW:g} to {MOST_WINDOW:g} seconds, got {window!r}")
 
 
 def _check_model(model: object) -> None:
@@ -285,8 +294,8 @@ def _check_model(model: object) -> None:
 def _checked_rate(rate: object) -> int:
     if not isinstance(rate, Integral) or isinstance(rate, bool):
         raise TypeError(f"enhance: sample_rate must be an integer, got {rate!r}")
-    if rate <= 0:
-        raise ValueError(f"enhance: sample_rate must be positive, got {rate}")
+    if not 0 < int(rate) <= HIGHEST_RATE:
+        raise ValueError(f"enhance: sample_rate must be positive and at most {HIGHEST_RATE}, got {rate}")
     return int(rate)
 
 

@@ -1,6 +1,7 @@
 """The command `mvat` on real files: what is written, what is refused, exit status and messages."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -414,3 +415,19 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mvat", "enhance", str(tmp_path / "absent.wav"), "-o", str(tmp_path / "out.wav")]
     result = subprocess.run(command, capture_output=True, text=True)
     refused((result.returncode, result.stdout, result.stderr), "absent.wav: no such file")
+
+
+@pytest.mark.parametrize("inputs, out", [([""], "out.wav"), (["in.wav"], ""), (["a.wav", ""], "folder")])
+def test_an_empty_name_is_not_the_folder_one_is_in(inputs: list[str], out: str) -> None:
+    with pytest.raises(ValueError, match="a name is empty"):
+        cli.plan(inputs, out)
+
+
+def test_sigterm_cleans_up_as_an_exception_does() -> None:
+    cleaned = []
+    with pytest.raises(SystemExit) as left, cli._terminable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+    assert left.value.code == 143 and cleaned

@@ -335,7 +335,7 @@ def test_outputs_that_cannot_be_are_refused(model: mvat.Manner, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"window": 0.5}, ValueError, "window must be at least 1 second, got 0.5"),
+        ({"window": 0.5}, ValueError, "window must be 1 to 86400 seconds, got 0.5"),
         ({"window": float("nan")}, ValueError, "got nan"),
         ({"window": float("inf")}, ValueError, "got inf"),
         ({"window": True}, TypeError, "window must be seconds, None or .auto., got True"),

@@ -5,6 +5,7 @@
 #include "inference.h"
 
 #include "features.h"
+#include "isa.h"
 #include "stage.h"
 
 using torch::headeronly::ScalarType;
@@ -164,21 +165,38 @@ Tensor merge(const Tensor& x_any, const Tensor& view0, const Tensor& view1, cons
   return y;
 }
 
+// Every bit counts, and where it stands: lanes of sums in which each value meets the weight of its place.
+MVAT_CLONES void add_values(const uint32_t* data, int64_t size, uint32_t* lanes) {
+  constexpr int64_t kLanes = 64;
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    for (int64_t l = 0; l < kLanes; l++) lanes[l] = (lanes[l] ^ data[i + l]) * 2654435761u + 1;
+  for (; i < size; i++) lanes[i % kLanes] = (lanes[i % kLanes] ^ data[i]) * 2654435761u + 1;
+}
+
 int64_t fingerprint(const std::vector<Tensor>& tensors) {
-  constexpr int64_t kValues = 64;  // of a tensor, evenly spread
-  uint64_t hash = 14695981039346656037u;
-  for (const Tensor& any : tensors) {
-    STD_TORCH_CHECK(any.scalar_type() == ScalarType::Float, "fingerprint: expected float32");
-    const Tensor tensor = dense(any);
-    const float* data = tensor.const_data_ptr<float>();
-    const int64_t size = tensor.numel(), count = std::min(size, kValues);
-    for (int64_t i = 0; i < count; i++) {
-      uint32_t bits;
-      std::memcpy(&bits, data + i * size / count, sizeof bits);
-      hash = (hash ^ bits) * 1099511628211u;
-    }
+  constexpr int64_t kBlock = 1 << 16;  // values that one item reads
+  std::vector<Tensor> sources;
+  std::vector<std::pair<const uint32_t*, int64_t>> blocks;
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "fingerprint: expected float32");
+    sources.push_back(dense(tensor));
+    const uint32_t* data = reinterpret_cast<const uint32_t*>(sources.back().const_data_ptr<float>());
+    for (int64_t i = 0; i < tensor.numel(); i += kBlock) blocks.push_back({data + i, std::min(kBlock, tensor.numel() - i)});
   }
-  return int64_t(hash);
+  std::vector<uint64_t> hashes(blocks.size());
+  torch::stable::parallel_for(0, blocks.size(), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      uint32_t lanes[64] = {};
+      add_values(blocks[i].first, blocks[i].second, lanes);
+      uint64_t hash = 14695981039346656037u;
+      for (uint32_t lane : lanes) hash = (hash ^ lane) * 1099511628211u;
+      hashes[i] = hash;
+    }
+  });
+  uint64_t total = 14695981039346656037u;
+  for (uint64_t hash : hashes) total = (total ^ hash) * 1099511628211u;
+  return int64_t(total);
 }
 
 }  // namespace

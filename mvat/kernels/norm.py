@@ -42,9 +42,7 @@ class Norm(NamedTuple):
         return cls(module.weight, module.bias, mean, var, momentum, module.eps)
 
 
-def check_norm(
-    op: str, name: str, norm: object, channels: int, x: Tensor, statistics: Tensor | None = None
-) -> None:
+def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor, statistics: Tensor | None = None) -> None:
     """TypeError or ValueError unless `norm` is a Norm (or an equal tuple) for this number of channels.
 
     Its features' statistics, where there are any, must be [2, channels].

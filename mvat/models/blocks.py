@@ -335,7 +335,9 @@ class MultiView(nn.Module):
 
     def views(self, x: Tensor) -> Views:
         """Each view right after its own attention, [B, n, T] (our definition of what is transferred)."""
-        weights = folded(self, x, MultiView._fold)
+        return self._views(x, folded(self, x, MultiView._fold))
+
+    def _views(self, x: Tensor, weights: list[Tensor] | None) -> Views:
         if weights is not None:
             relu = list(ACTIVATIONS).index("relu")
             features = torch.ops.mvat.conv_act(x, *weights[:2], 1, 0, False, relu).chunk(3, 1)
@@ -345,7 +347,9 @@ class MultiView(nn.Module):
 
     def merge(self, x: Tensor, views: Views) -> Tensor:
         """The block's output from its input x and its views."""
-        weights = folded(self, x, MultiView._fold)
+        return self._merge(x, views, folded(self, x, MultiView._fold))
+
+    def _merge(self, x: Tensor, views: Views, weights: list[Tensor] | None) -> Tensor:
         if weights is not None:
             return torch.ops.mvat.multi_view_merge(x, *views, *weights[2:])
         channel, global_, local = views
@@ -368,7 +372,8 @@ class MultiView(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.merge(x, self.views(x))
+        weights = folded(self, x, MultiView._fold)
+        return self._merge(x, self._views(x, weights), weights)
 
 
 class MaskGate(nn.Module):

@@ -3,8 +3,9 @@
     bn(W x + b) = (s W) x + (s b + t),   s = weight / sqrt(running_var + eps),   t = bias - s running_mean
 
 A fold is kept beside its module and renewed whenever what it was made of is another tensor, was written to, or has
-other values: identity and version tell of load_state_dict, .to() and optimisers, and a fingerprint of some values a
-tensor of writes that PyTorch does not count, such as `parameter.data.lerp_` of a moving average.
+other values: identity and version tell of load_state_dict, .to() and optimisers, and a fingerprint of all
+values of writes that PyTorch does not count, such as `parameter.data.lerp_` of a moving average. That reads the weights
+once a call, which costs less than to fold them anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ class _Fold:
             for t in self.sources
         )
         if self.valid:
+            self.eps = [bn.eps for bn in self.norms]
             self.versions = self._versions()
             self.fingerprint = torch.ops.mvat.fingerprint(self.sources)
             self.tensors = fold(module)
@@ -78,6 +80,7 @@ class _Fold:
     def holds(self) -> bool:
         return (
             all(attributes.get(name) is value for attributes, name, value in self.entries)
+            and [bn.eps for bn in self.norms] == self.eps
             and self._versions() == self.versions
             and torch.ops.mvat.fingerprint(self.sources) == self.fingerprint
         )
