@@ -90,6 +90,26 @@ def _local_attention_backward_flops(grad: Any, x: Sequence[int], depthwise: Sequ
     return 2 * 2 * math.prod(x) * depthwise[-1]  # gradients of x and of the weight
 
 
+def _stage_flops(x: Sequence[int], *rest: Any, **_: Any) -> int:
+    weight, stride, padding, transposed = rest[4], *rest[8:10], rest[11]
+    length = x[2] if transposed else (x[2] + 2 * padding - weight[2]) // stride + 1
+    return 2 * x[0] * length * math.prod(weight)
+
+
+def _stage_backward_flops(grad: Sequence[int], x: Sequence[int], *rest: Any, **_: Any) -> int:
+    weight, transposed = rest[4], rest[-1]
+    return 2 * 2 * x[0] * (x if transposed else grad)[2] * math.prod(weight)  # gradients of x and of the weight
+
+
+def _gate_flops(x: Sequence[int], *rest: Any, **_: Any) -> int:
+    gates, last = rest[4], rest[6]
+    return 2 * x[0] * x[2] * (math.prod(gates) + math.prod(last))
+
+
+def _gate_backward_flops(grad: Any, x: Sequence[int], *rest: Any, **_: Any) -> int:
+    return 3 * _gate_flops(x, *rest)  # the gates anew, and both gradients
+
+
 def _global_attention_flops(x: Sequence[int], a: Sequence[int], *rest: Any, **_: Any) -> int:
     return 2 * _overlapped_product(x, a)
 
@@ -116,6 +136,10 @@ if native.missing("global_attention") is None:
     _FORMULAS |= {
         torch.ops.mvat.local_attention: _local_attention_flops,
         torch.ops.mvat.local_attention_backward: _local_attention_backward_flops,
+        torch.ops.mvat.norm_act_conv: _stage_flops,
+        torch.ops.mvat.norm_act_conv_backward: _stage_backward_flops,
+        torch.ops.mvat.mask_gate: _gate_flops,
+        torch.ops.mvat.mask_gate_backward: _gate_backward_flops,
         torch.ops.mvat.global_attention: _global_attention_flops,
         torch.ops.mvat.global_attention_backward: _global_attention_backward_flops,
     }
