@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ def _write_aoti(program: ExportedProgram, path: Path) -> None:
 
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
     names = {axis: name for axis, name in ((0, "batch"), (2, "samples")) if program.range_constraints}
-    onnx = torch.onnx.export(
+    exported = torch.onnx.export(
         program,
         input_names=["noisy"],
         output_names=["enhanced"],
@@ -175,8 +175,8 @@ def _write_onnx(program: ExportedProgram, path: Path) -> None:
         dynamo=True,
         verbose=False,
     )
-    assert onnx is not None  # for mypy: without a file name a program is given
-    onnx.save(path, external_data=False)
+    # Without a file name a program is given.
+    cast(torch.onnx.ONNXProgram, exported).save(path, external_data=False)
 
 
 def _load_onnx(path: Path) -> Run:

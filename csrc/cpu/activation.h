@@ -21,6 +21,15 @@ struct Features {
   T* row(int64_t b, int64_t c) const { return data + b * batch_stride + c * channel_stride; }
 };
 
+// Samples from .. from + count of a row, zeros outside the signal.
+template <typename T>
+MVAT_INLINE void read_padded(const Features<const T>& x, int64_t b, int64_t c, int64_t from, int64_t count, T* out) {
+  const int64_t lo = std::clamp<int64_t>(-from, 0, count), hi = std::clamp<int64_t>(x.length - from, lo, count);
+  std::fill_n(out, lo, T(0));
+  std::copy_n(x.row(b, c) + from + lo, hi - lo, out + lo);
+  std::fill(out + hi, out + count, T(0));
+}
+
 // z = x * scale + shift with scale = weight / sqrt(var + eps), for every channel; without a norm z = x.
 template <typename T>
 struct NormRow {

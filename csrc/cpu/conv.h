@@ -341,4 +341,21 @@ MVAT_INLINE void join_phases(const T* from, int64_t row, int64_t stride, int64_t
     for (int64_t i = 0; i < columns; i++) to[stride * i + r] = from[r * row + i];
 }
 
+// Where channel o of a tile's product lies contiguously, and which samples it is: from .. from + count of the signal.
+template <typename T>
+MVAT_INLINE const T* gathered(const Conv& conv, int64_t o, int64_t t, int64_t columns, int64_t length, const T* product,
+                              int64_t row, T* scratch, int64_t& from, int64_t& count) {
+  const int64_t first = conv.transposed ? conv.stride * t - conv.padding : t;
+  const int64_t size = columns * conv.phases_out();
+  const int64_t lo = std::clamp<int64_t>(-first, 0, size), hi = std::clamp<int64_t>(length - first, lo, size);
+  from = first + lo;
+  count = hi - lo;
+  const T* samples = product + o * row;
+  if (conv.phases_out() > 1) {
+    join_phases(samples, conv.out * row, conv.stride, columns, scratch);
+    samples = scratch;
+  }
+  return samples + lo;
+}
+
 }  // namespace mvat::conv

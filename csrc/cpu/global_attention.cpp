@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <new>
 #include <tuple>
 #include <vector>
 
@@ -52,7 +51,10 @@ MVAT_INLINE void backward_any(const Backward<T>& f, const Gradients<T>& d, int64
   Tile<T, L, 1, MR, kTile>::backward(f, d, sequence, q0, queries, workspace);
 }
 
-// Lanes, vectors of queries in the backward pass, rows of a register block.
+// Vectors of queries in the backward pass: 48 of them would leave the first cache.
+template <int L, int NV>
+constexpr int kBackwardVectors = L == 16 ? 2 : NV;
+
 #define MVAT_ENTRIES(NAME, TARGET, T, L, NV, MR)                                                                         \
   TARGET void forward_##NAME(const Forward<T>& f, int64_t sequence, int64_t tile, int64_t q0, int64_t queries,           \
                              T* workspace) {                                                                             \
@@ -60,49 +62,18 @@ MVAT_INLINE void backward_any(const Backward<T>& f, const Gradients<T>& d, int64
   }                                                                                                                      \
   TARGET void backward_##NAME(const Backward<T>& f, const Gradients<T>& d, int64_t sequence, int64_t q0,                 \
                               int64_t queries, T* workspace) {                                                           \
-    backward_any<T, L, NV, MR>(f, d, sequence, q0, queries, workspace);                                                  \
+    backward_any<T, L, kBackwardVectors<L, NV>, MR>(f, d, sequence, q0, queries, workspace);                             \
   }                                                                                                                      \
   const Level<T> level_##NAME = {                                                                                        \
       MR,     2 * L,  3 * L,           Tile<T, L, 3, MR, kTile>::forward_workspace,                                         \
-      forward_##NAME, NV * L, Tile<T, L, NV, MR, kTile>::backward_workspace, backward_##NAME};
-#if MVAT_LEVELS
-MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 2, 8)
-MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)
-MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 3, 4)
-#endif
-MVAT_ENTRIES(float_v1, , float, 4, 3, 4)
-MVAT_ENTRIES(double_v1, , double, 2, 3, 4)
+      forward_##NAME, kBackwardVectors<L, NV> * L, Tile<T, L, kBackwardVectors<L, NV>, MR, kTile>::backward_workspace,       \
+      backward_##NAME};
+MVAT_EVERY_LEVEL(MVAT_ENTRIES)
 #undef MVAT_ENTRIES
 
-template <typename T>
-const Level<T>& level();
-
-template <>
-const Level<float>& level<float>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3;
-#endif
-  return level_float_v1;
-}
-
-template <>
-const Level<double>& level<double>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return level_double_v3;
-#endif
-  return level_double_v1;
-}
+MVAT_CHOOSE_LEVEL
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-template <typename T>
-struct Aligned {
-  T* data;
-  explicit Aligned(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
-  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-};
 
 Shape shape_of(const Tensor& x, const Tensor& a, int64_t segment_len, int64_t rows, int64_t lanes) {
   const int64_t half = segment_len / 2, chunks = (x.size(2) + segment_len) / half + 1;

@@ -59,11 +59,10 @@ struct Tile {
   using A = Act<float, L>;
   using V = typename Simd<float, L>::Vector;
 
+  // A row of a tile's panel, zeros outside the signal and behind the panel.
   MVAT_INLINE void read(const Features<const float>& x, int64_t b, int64_t c, int64_t from, int64_t count, float* out, int64_t row) {
-    const int64_t lo = std::clamp<int64_t>(-from, 0, count), hi = std::clamp<int64_t>(x.length - from, lo, count);
-    std::fill_n(out, lo, 0.f);
-    std::copy_n(x.row(b, c) + from + lo, hi - lo, out + lo);
-    std::fill(out + hi, out + row, 0.f);
+    read_padded(x, b, c, from, count, out);
+    std::fill(out + count, out + row, 0.f);
   }
 
   MVAT_INLINE void product(const Conv& conv, const float* weight, const float* bias, const float* panel, const Grid& grid,
@@ -93,14 +92,9 @@ struct Tile {
     }
     product(conv, s.weight, s.bias, panel, s.grid, s.grid.columns, out);
     for (int64_t o = 0; o < conv.out; o++) {
-      const int64_t first = conv.transposed ? conv.stride * t - conv.padding : t, size = s.grid.columns * conv.phases_out();
-      const int64_t lo = std::clamp<int64_t>(-first, 0, size), hi = std::clamp<int64_t>(conv.length_out - first, lo, size);
-      const float* from = out + o * row;
-      if (conv.phases_out() > 1) {
-        conv::join_phases(from, conv.out * row, conv.stride, s.grid.columns, scratch);
-        from = scratch;
-      }
-      A::row(s.activation, from + lo, {}, nullptr, {}, hi - lo, s.y.row(b, o) + first + lo);
+      int64_t from, count;
+      const float* samples = conv::gathered(conv, o, t, s.grid.columns, conv.length_out, out, row, scratch, from, count);
+      if (count > 0) A::row(s.activation, samples, {}, nullptr, {}, count, s.y.row(b, o) + from);
     }
   }
 

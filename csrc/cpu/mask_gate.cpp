@@ -156,33 +156,10 @@ struct Level {
     Tile<T, L, NV, MR>::backward(g, b, t, workspace, sums);                                                             \
   }                                                                                                                     \
   const Level<T> level_##NAME = {L * NV, forward_##NAME, backward_##NAME};
-#if MVAT_LEVELS
-MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 3, 8)
-MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)
-MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 3, 4)
-#endif
-MVAT_ENTRIES(float_v1, , float, 4, 3, 4)
-MVAT_ENTRIES(double_v1, , double, 2, 3, 4)
+MVAT_EVERY_LEVEL(MVAT_ENTRIES)
 #undef MVAT_ENTRIES
 
-template <typename T>
-const Level<T>& level();
-
-template <>
-const Level<float>& level<float>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3;
-#endif
-  return level_float_v1;
-}
-
-template <>
-const Level<double>& level<double>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return level_double_v3;
-#endif
-  return level_double_v1;
-}
+MVAT_CHOOSE_LEVEL
 
 struct Weights {
   const Tensor &gates, &gates_bias, &last, &last_bias;  // [2 hidden, in, 1], [2 hidden], [out, hidden, 1], [out]
@@ -223,18 +200,6 @@ void run_forward(const Tensor& x, const NormTensors& norm, const Weights& w, con
   });
 }
 
-// [rows][columns] to [columns][rows].
-template <typename T>
-void turn(const T* from, int64_t rows, int64_t columns, T* to) {
-  constexpr int64_t kBlock = 16;
-  torch::stable::parallel_for(0, (columns + kBlock - 1) / kBlock, std::max<int64_t>(1, 65536 / (kBlock * rows)), [&](int64_t begin, int64_t end) {
-    for (int64_t c0 = begin * kBlock; c0 < std::min(end * kBlock, columns); c0 += kBlock)
-      for (int64_t r0 = 0; r0 < rows; r0 += kBlock)
-        for (int64_t c = c0; c < std::min(c0 + kBlock, columns); c++)
-          for (int64_t r = r0; r < std::min(r0 + kBlock, rows); r++) to[c * rows + r] = from[r * columns + c];
-  });
-}
-
 // The sums of `tasks` arrays that lie `stride` apart.
 template <typename S, typename T>
 void add_up(const S* from, int64_t tasks, int64_t stride, int64_t size, T* to) {
@@ -247,13 +212,6 @@ void add_up(const S* from, int64_t tasks, int64_t stride, int64_t size, T* to) {
   });
 }
 
-// [channels, 2] to [2, channels].
-template <typename T>
-void turn_pairs(const std::vector<double>& pairs, T* to) {
-  for (size_t c = 0; c < pairs.size() / 2; c++)
-    for (size_t i = 0; i < 2; i++) to[i * pairs.size() / 2 + c] = T(pairs[2 * c + i]);
-}
-
 template <typename T>
 void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, const Weights& w, const OptionalTensor& shortcut,
                   const NormTensors& shortcut_norm, Tensor& dz, Tensor& sums, Tensor& d_gates, Tensor& d_gates_bias, Tensor& d_last,
@@ -261,8 +219,8 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
   const std::vector<NormRow<T>> first = norm_rows<T>(norm, x.size(1)), second = norm_rows<T>(shortcut_norm, w.last.size(0));
   Gate<T> g = gate(x, first, w, shortcut, second, 2 * x.size(1) + 2 * w.gates.size(0) + 2 * w.last.size(0));
   const Aligned<T> gates_turned(w.gates.numel()), last_turned(w.last.numel());
-  turn(g.gates, 2 * g.hidden, g.in, gates_turned.data);
-  turn(g.last, g.out, g.hidden, last_turned.data);
+  Packed<T>(g.pointwise(g.in, 2 * g.hidden), 1).pack(g.gates, true, gates_turned.data);
+  Packed<T>(g.pointwise(g.hidden, g.out), 1).pack(g.last, true, last_turned.data);
   g.gates_turned = gates_turned.data;
   g.last_turned = last_turned.data;
   g.grad = features<T>(grad);
@@ -288,13 +246,9 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
   const double* rest = smalls.data();
   add_up(rest, tasks, small, 2 * g.hidden, d_gates_bias.mutable_data_ptr<T>());
   add_up(rest + 2 * g.hidden, tasks, small, g.out, d_last_bias.mutable_data_ptr<T>());
-  std::vector<double> pairs(2 * g.in), shortcut_pairs(2 * g.out);
-  add_up(rest + 2 * g.hidden + g.out, tasks, small, 2 * g.in, pairs.data());
-  turn_pairs(pairs, sums.mutable_data_ptr<T>());
-  if (shortcut) {
-    add_up(rest + 2 * g.hidden + g.out + 2 * g.in, tasks, small, 2 * g.out, shortcut_pairs.data());
-    turn_pairs(shortcut_pairs, shortcut_sums.mutable_data_ptr<T>());
-  }
+  rest += 2 * g.hidden + g.out;
+  add_up_pairs(rest, tasks, small, g.in, sums.mutable_data_ptr<T>());
+  if (shortcut) add_up_pairs(rest + 2 * g.in, tasks, small, g.out, shortcut_sums.mutable_data_ptr<T>());
 }
 
 void check(const Tensor& x, const NormTensors& norm, const Weights& w, const OptionalTensor& shortcut, const NormTensors& shortcut_norm) {

@@ -113,7 +113,7 @@ struct Level {
   void (*gradient)(const T* dz, const T* x, NormRow<T> n, T a, T b, int64_t count, T* out);
 };
 
-#define MVAT_ENTRIES(NAME, TARGET, T, L)                                                                                     \
+#define MVAT_ENTRIES(NAME, TARGET, T, L, NV, MR)                                                                               \
   TARGET void forward_##NAME(const Rows<T>& r, int64_t b, int64_t c, int64_t from, int64_t count) {                          \
     Pass<T, L>::forward(r, b, c, from, count);                                                                               \
   }                                                                                                                          \
@@ -126,33 +126,10 @@ struct Level {
     Pass<T, L>::gradient(dz, x, n, a, b, count, out);                                                                        \
   }                                                                                                                          \
   const Level<T> level_##NAME = {forward_##NAME, backward_##NAME, moments_##NAME, gradient_##NAME};
-#if MVAT_LEVELS
-MVAT_ENTRIES(float_v4, MVAT_V4, float, 16)
-MVAT_ENTRIES(float_v3, MVAT_V3, float, 8)
-MVAT_ENTRIES(double_v3, MVAT_V3, double, 4)
-#endif
-MVAT_ENTRIES(float_v1, , float, 4)
-MVAT_ENTRIES(double_v1, , double, 2)
+MVAT_EVERY_LEVEL(MVAT_ENTRIES)
 #undef MVAT_ENTRIES
 
-template <typename T>
-const Level<T>& level();
-
-template <>
-const Level<float>& level<float>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3;
-#endif
-  return level_float_v1;
-}
-
-template <>
-const Level<double>& level<double>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return level_double_v3;
-#endif
-  return level_double_v1;
-}
+MVAT_CHOOSE_LEVEL
 
 // run(b, c, from, count, task) for every block of a row, in tasks whose number depends on the shape alone.
 template <typename Run>
@@ -170,17 +147,6 @@ int64_t over_rows(int64_t batch, int64_t channels, int64_t length, const Run& ru
 }
 
 constexpr int64_t kMostTasks = 64;
-
-template <typename T>
-void add_up(const std::vector<double>& sums, int64_t channels, Tensor& out) {
-  T* to = out.mutable_data_ptr<T>();
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t i = 0; i < 2; i++) {
-      double total = 0;
-      for (int64_t task = 0; task < kMostTasks; task++) total += sums[(task * channels + c) * 2 + i];
-      to[i * channels + c] = T(total);
-    }
-}
 
 template <typename T>
 Rows<T> rows(const Tensor& x, const std::vector<NormRow<T>>& norm, const OptionalTensor& shortcut,
@@ -235,8 +201,8 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
   over_rows(x.size(0), grad.size(1), x.size(2), [&](int64_t b, int64_t c, int64_t from, int64_t count, int64_t task) {
     level<T>().backward(r, b, c, from, count, own.data() + task * 2 * channels, others.data() + task * 2 * channels);
   });
-  add_up<T>(own, channels, sums);
-  if (shortcut) add_up<T>(others, channels, shortcut_sums);
+  add_up_pairs(own.data(), kMostTasks, 2 * channels, channels, sums.mutable_data_ptr<T>());
+  if (shortcut) add_up_pairs(others.data(), kMostTasks, 2 * channels, channels, shortcut_sums.mutable_data_ptr<T>());
 }
 
 Tensor forward(const Tensor& x_any, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& mean,
@@ -290,16 +256,7 @@ void run_statistics(const Tensor& x, Tensor& out) {
   over_rows(x.size(0), channels, x.size(2), [&](int64_t b, int64_t c, int64_t from, int64_t count, int64_t task) {
     level<T>().moments(f.row(b, c) + from, count, moments[task * channels + c]);
   });
-  T* to = out.mutable_data_ptr<T>();
-  for (int64_t c = 0; c < channels; c++) {
-    Moments total;
-    for (int64_t task = 0; task < kMostTasks; task++) {
-      const Moments& m = moments[task * channels + c];
-      total.add(m.count, m.mean, m.m2);
-    }
-    to[c] = T(total.mean);
-    to[channels + c] = T(total.m2 / total.count);
-  }
+  write_statistics(moments, kMostTasks, channels, out.mutable_data_ptr<T>());
 }
 
 Tensor statistics(const Tensor& x_any) {

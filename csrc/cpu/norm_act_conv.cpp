@@ -35,33 +35,10 @@ struct Level {
     norm_act_conv::Tile<T, L, NV, MR>::backward(s, b, group, t, workspace, d_weight, d_bias, sums);                           \
   }                                                                                                                           \
   const Level<T> level_##NAME = {L, L * NV, 1536, forward_##NAME, backward_##NAME};
-#if MVAT_LEVELS
-MVAT_ENTRIES(float_v4, MVAT_V4, float, 16, 3, 8)
-MVAT_ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)
-MVAT_ENTRIES(double_v3, MVAT_V3, double, 4, 3, 4)
-#endif
-MVAT_ENTRIES(float_v1, , float, 4, 3, 4)
-MVAT_ENTRIES(double_v1, , double, 2, 3, 4)
+MVAT_EVERY_LEVEL(MVAT_ENTRIES)
 #undef MVAT_ENTRIES
 
-template <typename T>
-const Level<T>& level();
-
-template <>
-const Level<float>& level<float>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3;
-#endif
-  return level_float_v1;
-}
-
-template <>
-const Level<double>& level<double>() {
-#if MVAT_LEVELS
-  if (isa_level() >= 3) return level_double_v3;
-#endif
-  return level_double_v1;
-}
+MVAT_CHOOSE_LEVEL
 
 struct Arguments {
   int64_t activation, stride, padding, groups;
@@ -104,53 +81,6 @@ Stage<T> stage(const Tensor& x, const std::vector<NormRow<T>>& norm, const Tenso
   return s;
 }
 
-// Weights [groups * out, in, kernel], or [groups * in, out, kernel] if transposed, as one array and as packed ones:
-// [groups][kernel][out][in], or for the gradient with out and in exchanged. Packing is a copy where both are the same.
-template <typename T>
-struct Packed {
-  int64_t groups, out, in, kernel, step_out, step_in;  // the steps of the array's channels
-
-  Packed(const Conv& conv, int64_t groups)
-      : groups(groups), out(conv.out), in(conv.in), kernel(conv.kernel),
-        step_out(conv.transposed ? kernel : conv.in * kernel), step_in(conv.transposed ? conv.out * kernel : kernel) {}
-
-  void pack(const T* from, bool gradient, T* to) const {
-    const int64_t rows = gradient ? in : out, row = gradient ? out : in, step_row = gradient ? step_in : step_out;
-    const int64_t step = gradient ? step_out : step_in;
-    constexpr int64_t kBlock = 16;  // both arrays' cache lines are used up before they are lost
-    const int64_t blocks = (rows + kBlock - 1) / kBlock;
-    torch::stable::parallel_for(0, groups * blocks, std::max<int64_t>(1, 65536 / (kBlock * row * kernel)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const T* source = from + i / blocks * out * in * kernel;
-        T* target = to + i / blocks * out * in * kernel;
-        const int64_t first = i % blocks * kBlock, last = std::min(first + kBlock, rows);
-        for (int64_t c0 = 0; c0 < row; c0 += kBlock)
-          for (int64_t k = 0; k < kernel; k++)
-            for (int64_t r = first; r < last; r++)
-              for (int64_t c = c0; c < std::min(c0 + kBlock, row); c++)
-                target[(k * rows + r) * row + c] = source[r * step_row + c * step + k];
-      }
-    });
-  }
-
-  // The sum of packed arrays, one a task, as [kernel][out][in] into the weight's own order.
-  void unpack_sum(const T* from, int64_t tasks, T* to) const {
-    const int64_t size = groups * out * in * kernel;
-    torch::stable::parallel_for(0, groups * out, std::max<int64_t>(1, 65536 / (in * kernel)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const T* source = from + i / out * out * in * kernel + i % out * in;
-        T* target = to + i / out * out * in * kernel + i % out * step_out;
-        for (int64_t k = 0; k < kernel; k++)
-          for (int64_t c = 0; c < in; c++) {
-            T total = 0;
-            for (int64_t task = 0; task < tasks; task++) total += source[task * size + k * out * in + c];
-            target[c * step_in + k] = total;
-          }
-      }
-    });
-  }
-};
-
 template <typename T>
 void run_forward(const Tensor& x, const NormTensors& norm, const Tensor& weight, const OptionalTensor& bias, const Arguments& a,
                  Tensor& y, Tensor& statistics) {
@@ -174,16 +104,7 @@ void run_forward(const Tensor& x, const NormTensors& norm, const Tensor& weight,
                            wanted ? moments.data() + task * out : nullptr);
   });
   if (!wanted) return;
-  T* to = statistics.mutable_data_ptr<T>();
-  for (int64_t o = 0; o < out; o++) {
-    Moments total;
-    for (int64_t task = 0; task < tasks; task++) {
-      const Moments& m = moments[task * out + o];
-      total.add(m.count, m.mean, m.m2);
-    }
-    to[o] = T(total.mean);
-    to[out + o] = T(total.m2 / total.count);
-  }
+  write_statistics(moments, tasks, out, statistics.mutable_data_ptr<T>());
 }
 
 template <typename T>
@@ -211,19 +132,14 @@ void run_backward(const Tensor& grad, const Tensor& x, const NormTensors& norm, 
                             biases.data() + task * out, channel_sums.data() + task * 2 * channels);
     }
   });
-  T *to = d_weight.mutable_data_ptr<T>(), *to_bias = d_bias.mutable_data_ptr<T>(), *to_sums = sums.mutable_data_ptr<T>();
+  T *to = d_weight.mutable_data_ptr<T>(), *to_bias = d_bias.mutable_data_ptr<T>();
   packing.unpack_sum(weights.data, tasks, to);
   for (int64_t o = 0; o < d_bias.numel(); o++) {
     double total = 0;
     for (int64_t task = 0; task < tasks; task++) total += biases[task * out + o];
     to_bias[o] = T(total);
   }
-  for (int64_t c = 0; c < channels; c++)
-    for (int64_t i = 0; i < 2; i++) {
-      double total = 0;
-      for (int64_t task = 0; task < tasks; task++) total += channel_sums[(task * channels + c) * 2 + i];
-      to_sums[i * channels + c] = T(total);
-    }
+  add_up_pairs(channel_sums.data(), tasks, 2 * channels, channels, sums.mutable_data_ptr<T>());
 }
 
 void check(const Tensor& x, const NormTensors& norm, const Tensor& weight, const OptionalTensor& bias, const Arguments& a) {

@@ -66,43 +66,20 @@ struct Tile {
     }
   }
 
-  MVAT_INLINE void copy(const Features<const T>& x, int64_t b, int64_t c, int64_t from, int64_t count, T* out) {
-    const int64_t lo = std::clamp<int64_t>(-from, 0, count), hi = std::clamp<int64_t>(x.length - from, lo, count);
-    std::fill_n(out, lo, T(0));
-    std::copy_n(x.row(b, c) + from + lo, hi - lo, out + lo);
-    std::fill(out + hi, out + count, T(0));
-  }
-
   // The same of the output's gradient, as the input of the convolution that the gradient is.
   MVAT_INLINE void pack_gradient(const Stage<T>& s, const Conv& back, int64_t b, int64_t group, int64_t t, T* panel, T* scratch) {
     const int64_t width = s.width(), start = back.start(t);
     for (int64_t c = 0; c < back.in; c++) {
       T* to = panel + c * s.grad_row;
       if (back.phases_in() == 1) {
-        copy(s.grad, b, group * back.in + c, start, width, to);
+        read_padded(s.grad, b, group * back.in + c, start, width, to);
       } else {
-        copy(s.grad, b, group * back.in + c, start, width * back.stride, scratch);
+        read_padded(s.grad, b, group * back.in + c, start, width * back.stride, scratch);
         conv::split_phases(scratch, back.stride, width, to, back.in * s.grad_row);
       }
       for (int64_t r = 0; r < back.phases_in(); r++)
         std::fill(to + r * back.in * s.grad_row + width, to + r * back.in * s.grad_row + s.grad_row, T(0));
     }
-  }
-
-  // Where channel o of a tile's product lies contiguously, and which samples it is: from .. from + count of the signal.
-  MVAT_INLINE const T* gathered(const Conv& conv, int64_t o, int64_t t, int64_t columns, int64_t length, const T* product,
-                                int64_t row, T* scratch, int64_t& from, int64_t& count) {
-    const int64_t first = conv.transposed ? conv.stride * t - conv.padding : t;
-    const int64_t size = columns * conv.phases_out();
-    const int64_t lo = std::clamp<int64_t>(-first, 0, size), hi = std::clamp<int64_t>(length - first, lo, size);
-    from = first + lo;
-    count = hi - lo;
-    const T* samples = product + o * row;
-    if (conv.phases_out() > 1) {
-      conv::join_phases(samples, conv.out * row, conv.stride, columns, scratch);
-      samples = scratch;
-    }
-    return samples + lo;
   }
 
   // moments: [groups * out], of y, or null.
@@ -114,7 +91,7 @@ struct Tile {
                                 s.panel_row, s.columns, product, s.out_row);
     for (int64_t o = 0; o < conv.out; o++) {
       int64_t from, count;
-      const T* samples = gathered(conv, o, t, s.columns, conv.length_out, product, s.out_row, scratch, from, count);
+      const T* samples = conv::gathered(conv, o, t, s.columns, conv.length_out, product, s.out_row, scratch, from, count);
       if (count <= 0) continue;
       std::copy_n(samples, count, s.out.row(b, group * conv.out + o) + from);
       if (moments) {
@@ -147,7 +124,7 @@ struct Tile {
     for (int64_t i = 0; i < back.out; i++) {
       const int64_t c = group * back.out + i, gate = s.activation == kGlu ? c + s.channels / 2 : c;
       int64_t from, count;
-      const T* samples = gathered(back, i, t, s.columns, s.x.length, product, s.out_row, scratch2, from, count);
+      const T* samples = conv::gathered(back, i, t, s.columns, s.x.length, product, s.out_row, scratch2, from, count);
       if (count > 0)
         A::back(s.activation, samples, s.x.row(b, c) + from, s.norm[c], s.x.row(b, gate) + from, s.norm[gate], count,
                 s.out.row(b, c) + from, s.out.row(b, gate) + from, sums + 2 * c, sums + 2 * gate);

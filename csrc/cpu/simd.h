@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 #include <type_traits>
 
 #include "isa.h"
@@ -32,6 +33,54 @@ inline int isa_level() {
 #endif
   return 1;
 }
+
+// A kernel's entries for every level and dtype: ENTRIES(name, target, T, lanes, vectors, rows of a block).
+#if MVAT_LEVELS
+#define MVAT_EVERY_LEVEL(ENTRIES)            \
+  ENTRIES(float_v4, MVAT_V4, float, 16, 3, 8) \
+  ENTRIES(float_v3, MVAT_V3, float, 8, 3, 4)  \
+  ENTRIES(double_v3, MVAT_V3, double, 4, 3, 4) \
+  ENTRIES(float_v1, , float, 4, 3, 4)          \
+  ENTRIES(double_v1, , double, 2, 3, 4)
+#else
+#define MVAT_EVERY_LEVEL(ENTRIES)     \
+  ENTRIES(float_v1, , float, 4, 3, 4) \
+  ENTRIES(double_v1, , double, 2, 3, 4)
+#endif
+
+// level<T>(): of the tables level_float_v4 ... level_double_v1, each a Level<T>, the one for T on this machine.
+#if MVAT_LEVELS
+#define MVAT_CHOOSE_LEVEL                                                             \
+  template <typename T>                                                               \
+  const Level<T>& level() {                                                           \
+    if constexpr (std::is_same_v<T, float>) {                                         \
+      if (isa_level() >= 3) return isa_level() == 4 ? level_float_v4 : level_float_v3; \
+      return level_float_v1;                                                          \
+    } else {                                                                          \
+      return isa_level() >= 3 ? level_double_v3 : level_double_v1;                    \
+    }                                                                                 \
+  }
+#else
+#define MVAT_CHOOSE_LEVEL                     \
+  template <typename T>                       \
+  const Level<T>& level() {                   \
+    if constexpr (std::is_same_v<T, float>) { \
+      return level_float_v1;                  \
+    } else {                                  \
+      return level_double_v1;                 \
+    }                                         \
+  }
+#endif
+
+// Memory on a cache line's boundary, not initialised.
+template <typename T>
+struct Aligned {
+  T* data;
+  explicit Aligned(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+};
 
 template <typename T, int L>
 struct Simd {

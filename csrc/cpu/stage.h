@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <new>
 #include <optional>
 #include <vector>
 
@@ -15,15 +14,6 @@
 namespace mvat {
 
 using OptionalTensor = std::optional<torch::stable::Tensor>;
-
-template <typename T>
-struct Aligned {
-  T* data;
-  explicit Aligned(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
-  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-};
 
 template <typename T>
 Features<const T> features(const torch::stable::Tensor& x) {
@@ -62,5 +52,77 @@ inline int64_t tasks_for(int64_t items, int64_t bytes_of_sums) {
   const int64_t most = std::clamp<int64_t>((int64_t(16) << 20) / std::max<int64_t>(1, bytes_of_sums), 2, 64);
   return std::min(items, most);
 }
+
+// The sum over the tasks of their pairs [channels, 2], which lie `stride` apart, as [2, channels].
+template <typename T>
+void add_up_pairs(const double* pairs, int64_t tasks, int64_t stride, int64_t channels, T* to) {
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = 0; i < 2; i++) {
+      double total = 0;
+      for (int64_t task = 0; task < tasks; task++) total += pairs[task * stride + 2 * c + i];
+      to[i * channels + c] = T(total);
+    }
+}
+
+// Mean and biased variance [2, channels] from the tasks' moments [tasks, channels].
+template <typename T>
+void write_statistics(const std::vector<Moments>& moments, int64_t tasks, int64_t channels, T* to) {
+  for (int64_t c = 0; c < channels; c++) {
+    Moments total;
+    for (int64_t task = 0; task < tasks; task++) {
+      const Moments& m = moments[task * channels + c];
+      total.add(m.count, m.mean, m.m2);
+    }
+    to[c] = T(total.mean);
+    to[channels + c] = T(total.m2 / total.count);
+  }
+}
+
+// Weights [groups * out, in, kernel], or [groups * in, out, kernel] if transposed, as one array and as packed ones:
+// [groups][kernel][out][in], or for the gradient with out and in exchanged. Packing is a copy where both are the same.
+template <typename T>
+struct Packed {
+  int64_t groups, out, in, kernel, step_out, step_in;  // the steps of the array's channels
+
+  Packed(const conv::Conv& conv, int64_t groups)
+      : groups(groups), out(conv.out), in(conv.in), kernel(conv.kernel),
+        step_out(conv.transposed ? kernel : conv.in * kernel), step_in(conv.transposed ? conv.out * kernel : kernel) {}
+
+  void pack(const T* from, bool gradient, T* to) const {
+    const int64_t rows = gradient ? in : out, row = gradient ? out : in, step_row = gradient ? step_in : step_out;
+    const int64_t step = gradient ? step_out : step_in;
+    constexpr int64_t kBlock = 16;  // both arrays' cache lines are used up before they are lost
+    const int64_t blocks = (rows + kBlock - 1) / kBlock;
+    torch::stable::parallel_for(0, groups * blocks, std::max<int64_t>(1, 65536 / (kBlock * row * kernel)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* source = from + i / blocks * out * in * kernel;
+        T* target = to + i / blocks * out * in * kernel;
+        const int64_t first = i % blocks * kBlock, last = std::min(first + kBlock, rows);
+        for (int64_t c0 = 0; c0 < row; c0 += kBlock)
+          for (int64_t k = 0; k < kernel; k++)
+            for (int64_t r = first; r < last; r++)
+              for (int64_t c = c0; c < std::min(c0 + kBlock, row); c++)
+                target[(k * rows + r) * row + c] = source[r * step_row + c * step + k];
+      }
+    });
+  }
+
+  // The sum of packed arrays, one a task, as [kernel][out][in] into the weight's own order.
+  void unpack_sum(const T* from, int64_t tasks, T* to) const {
+    const int64_t size = groups * out * in * kernel;
+    torch::stable::parallel_for(0, groups * out, std::max<int64_t>(1, 65536 / (in * kernel)), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const T* source = from + i / out * out * in * kernel + i % out * in;
+        T* target = to + i / out * out * in * kernel + i % out * step_out;
+        for (int64_t k = 0; k < kernel; k++)
+          for (int64_t c = 0; c < in; c++) {
+            T total = 0;
+            for (int64_t task = 0; task < tasks; task++) total += source[task * size + k * out * in + c];
+            target[c * step_in + k] = total;
+          }
+      }
+    });
+  }
+};
 
 }  // namespace mvat

@@ -45,6 +45,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activation_index(name: str) -> int:
+    """The number that stands for an activation in the operators' arguments."""
+    return list(ACTIVATIONS).index(name)
+
+
+def length_out(length: int, kernel: int, stride: int, padding: int, transposed: bool) -> int:
+    """The length of a convolution's output, less than 1 where the input is too short."""
+    if transposed:
+        return (length - 1) * stride + kernel - 2 * padding
+    return (length + 2 * padding - kernel) // stride + 1
+
+
 def conv_reference(
     x: Tensor,
     weight: Tensor,
@@ -160,17 +172,15 @@ def norm_act_conv(
     if transposed:
         expected = (channels, weight.shape[1], kernel)
         out = weight.shape[1] * groups
-        length = (x.shape[2] - 1) * stride + kernel - 2 * padding
     else:
         expected = (weight.shape[0], channels // groups, kernel)
         out = weight.shape[0]
-        length = x.shape[2] + 2 * padding - kernel + 1
     check_parameter(op, "weight", weight, expected, x)
     if channels % groups or out % groups:
         raise ValueError(f"{op}: groups must divide {channels} channels in and {out} out, got {groups}")
     if 0 in weight.shape:
         raise ValueError(f"{op}: weight must not be empty, got {list(weight.shape)}")
-    if length < 1:
+    if length_out(x.shape[2], kernel, stride, padding, transposed) < 1:
         raise ValueError(
             f"{op}: x {list(x.shape)} is too short for weight {list(weight.shape)}, stride {stride}, padding {padding}"
         )
@@ -186,7 +196,7 @@ def norm_act_conv(
             weight.to(x.dtype),
             None if bias is None else bias.to(x.dtype),
             0.0 if norm is None else norm.eps,
-            list(ACTIVATIONS).index(activation),
+            activation_index(activation),
             stride,
             padding,
             groups,
@@ -256,7 +266,7 @@ def norm_act(
             *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
             norm.eps,
             0.0 if shortcut_norm is None else shortcut_norm.eps,
-            list(ACTIVATIONS).index(activation),
+            activation_index(activation),
             training,
         )
     return norm_act_reference(x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training)
@@ -265,15 +275,10 @@ def norm_act(
 register("norm_act_conv", native.supports("norm_act_conv", ("cpu",)))
 
 
-def _length(length: int, weight: Tensor, stride: int, padding: int, transposed: bool) -> int:
-    kernel = weight.shape[2]
-    return (length - 1) * stride + kernel - 2 * padding if transposed else (length + 2 * padding - kernel) // stride + 1
-
-
 def _conv_fake(x, norm_weight, norm_bias, mean, var, weight, bias, eps, activation, stride, padding, groups, *rest):
     transposed, _, statistics = rest
     out = weight.shape[1] * groups if transposed else weight.shape[0]
-    y = x.new_empty((x.shape[0], out, _length(x.shape[2], weight, stride, padding, transposed)))
+    y = x.new_empty((x.shape[0], out, length_out(x.shape[2], weight.shape[2], stride, padding, transposed)))
     return y, x.new_empty((2 if statistics else 0, out))
 
 
@@ -306,7 +311,7 @@ native.complete("norm_act_conv", _conv_fake, _conv_fake_backward, _conv_setup_co
 
 
 def _act_fake(x, *rest):
-    return x.new_empty((x.shape[0], x.shape[1] // 2 if rest[11] == 3 else x.shape[1], x.shape[2]))
+    return x.new_empty((x.shape[0], x.shape[1] // 2 if rest[11] == activation_index("glu") else x.shape[1], x.shape[2]))
 
 
 def _act_fake_backward(grad, x, *rest):

@@ -15,7 +15,7 @@ from mvat.kernels import (
     norm_act_conv,
 )
 from mvat.kernels.checks import check_integer, check_segment_len
-from mvat.kernels.norm_act_conv import ACTIVATIONS
+from mvat.kernels.norm_act_conv import activation_index
 from mvat.models.folded import conv_norm, folded, ready, stacked
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
@@ -69,7 +69,7 @@ def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     weights = folded(stage, x, lambda stage: _fold_stage(conv, bn))
     if weights is not None:
         where = conv.stride[0], conv.padding[0], isinstance(conv, nn.ConvTranspose1d)
-        return torch.ops.mvat.conv_act(x, *weights, *where, list(ACTIVATIONS).index(activation))
+        return torch.ops.mvat.conv_act(x, *weights, *where, activation_index(activation))
     y = conv_stage(x, conv)
     if bn is not None:
         return chain_end(y, bn, activation)
@@ -339,8 +339,7 @@ class MultiView(nn.Module):
 
     def _views(self, x: Tensor, weights: list[Tensor] | None) -> Views:
         if weights is not None:
-            relu = list(ACTIVATIONS).index("relu")
-            features = torch.ops.mvat.conv_act(x, *weights[:2], 1, 0, False, relu).chunk(3, 1)
+            features = torch.ops.mvat.conv_act(x, *weights[:2], 1, 0, False, activation_index("relu")).chunk(3, 1)
         else:
             features = tuple(branch(x, "relu") for branch in (self.in_branch0, self.in_branch1, self.in_branch2))
         return Views(self.channel_attn(features[0]), self.global_attn(features[1]), self.local_attn(features[2]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mvat.kernels import native
 from mvat.kernels.backend import current_backend
+from mvat.kernels.norm_act_conv import length_out
 
 _missing = native.missing("multi_view_merge")
 _folds: "WeakKeyDictionary[nn.Module, _Fold]" = WeakKeyDictionary()
@@ -112,13 +113,7 @@ if _missing is None:
     torch.library.register_fake(
         "mvat::conv_act",
         lambda x, weight, bias, stride, padding, transposed, activation: x.new_empty(
-            (
-                x.shape[0],
-                weight.shape[1],
-                (x.shape[2] - 1) * stride + weight.shape[0] - 2 * padding
-                if transposed
-                else (x.shape[2] + 2 * padding - weight.shape[0]) // stride + 1,
-            )
+            (x.shape[0], weight.shape[1], length_out(x.shape[2], weight.shape[0], stride, padding, transposed))
         ),
     )
     torch.library.register_fake(
