@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mvat.audio import SAMPLE_RATE
 from mvat.models import PRESETS, Manner
 from train import manifest
 from train.config import ModelConfig, RunConfig
-from train.data import FilePairs
+from train.data import FilePairs, Pairs, Segments
 from train.manifest import Entry
 from train.solver import Solver
 
@@ -95,7 +96,25 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = Manner(**config.model.arguments)
-    return Solver(config, model, teacher, _file_pairs(train), _file_pairs(valid), kind).fit()
+    return Solver(config, model, teacher, segments(_file_pairs(train), config), _file_pairs(valid), kind).fit()
+
+
+def segments(pairs: Pairs, config: RunConfig) -> Segments:
+    """The training examples that a configuration cuts from recordings; ValueError names a key that does not fit."""
+    data = config.data
+    for name, seconds in (("segment_seconds", data.segment_seconds), ("stride_seconds", data.stride_seconds)):
+        if round(seconds * SAMPLE_RATE) < 1:
+            raise ValueError(f"data.{name} must be positive, got {seconds}")
+    if not 0 < data.tempo[0] <= data.tempo[1]:
+        raise ValueError(f"data.tempo must be a positive range, lowest first, got {list(data.tempo)}")
+    return Segments(
+        pairs,
+        round(data.segment_seconds * SAMPLE_RATE),
+        round(data.stride_seconds * SAMPLE_RATE),
+        data.tempo,
+        data.tempo_share,
+        config.seed,
+    )
 
 
 def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) -> tuple[list[Entry], list[Entry]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mvat.audio import SAMPLE_RATE
@@ -24,7 +24,7 @@ from mvat.metrics import METRICS, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint
 from train.config import OptimConfig, RunConfig, differences
-from train.data import EpochSampler, Pairs, Segments
+from train.data import EpochSampler, Pairs
 from train.transfer import Transfer
 
 HISTORY_FORMAT = "mvat-history-1"
@@ -43,7 +43,9 @@ class Solver:
         config: the resolved configuration.
         model: the model to train, freshly initialised.
         teacher: the frozen teacher, or None.
-        train_pairs, valid_pairs: the recordings.
+        examples: the training set, which has a length; an item is asked for as (epoch, index) and is the pair
+            (clean, noisy), [1, data.segment_seconds] each.
+        valid_pairs: the recordings to validate on, whole.
         kind: "teacher" or "student", for tables.
 
     Raises:
@@ -55,7 +57,7 @@ class Solver:
         config: RunConfig,
         model: Manner,
         teacher: Manner | None,
-        train_pairs: Pairs,
+        examples: Dataset,
         valid_pairs: Pairs,
         kind: str,
     ) -> None:
@@ -64,20 +66,13 @@ class Solver:
         self.folder = Path(config.out)
         self._check_configuration(valid_pairs)
         self.accelerator = _accelerator(optim)
-        self.examples = Segments(
-            train_pairs,
-            round(data.segment_seconds * SAMPLE_RATE),
-            round(data.stride_seconds * SAMPLE_RATE),
-            data.tempo,
-            data.tempo_share,
-            config.seed,
-        )
-        self.valid_pairs = valid_pairs
-        self.sampler = EpochSampler(len(self.examples), config.seed)
+        self.examples, self.valid_pairs = examples, valid_pairs
+        count = len(examples)  # type: ignore[arg-type]  # a Dataset need not have a length, this one must
+        self.sampler = EpochSampler(count, config.seed)
         processes = self.accelerator.num_processes
-        if len(self.examples) < optim.batch_size * processes:
+        if count < optim.batch_size * processes:
             raise RunError(
-                f"{data.path}: {len(self.examples)} training examples do not fill one batch of {optim.batch_size}"
+                f"{data.path}: {count} training examples do not fill one batch of {optim.batch_size}"
                 + (f" on {processes} processes" if processes > 1 else "")
             )
         loader = DataLoader(
@@ -156,10 +151,6 @@ class Solver:
             raise RunError(
                 f"data.segment_seconds must be at least {SHORTEST / SAMPLE_RATE:.4f}, got {data.segment_seconds}"
             )
-        if data.stride_seconds <= 0:
-            raise RunError(f"data.stride_seconds must be positive, got {data.stride_seconds}")
-        if not 0 < data.tempo[0] <= data.tempo[1]:
-            raise RunError(f"data.tempo must be a positive range, lowest first, got {list(data.tempo)}")
         if not valid_pairs.names:
             raise RunError(f"{data.path}: there are no recordings to validate on; name data.valid_speakers")
         for name, frames in zip(valid_pairs.names, valid_pairs.frames, strict=True):

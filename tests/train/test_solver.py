@@ -37,7 +37,8 @@ def config(out, epochs=2, **changes) -> RunConfig:
 
 def solver(out, pairs, epochs=2, teacher=None, **changes) -> Solver:
     torch.manual_seed(0)
-    return Solver(config(out, epochs, **changes), Manner(**TINY), teacher, pairs, pairs, "student")
+    settings = config(out, epochs, **changes)
+    return Solver(settings, Manner(**TINY), teacher, command.segments(pairs, settings), pairs, "student")
 
 
 def tensors_equal(a, b) -> bool:
@@ -177,6 +178,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
         ({"valid": ValidConfig(metrics=["mos"])}, "valid.metrics must be some of"),
         ({"valid": ValidConfig(metrics=["stoi"])}, "valid.select"),
         ({"data": DataConfig("d", segment_seconds=0.01)}, "data.segment_seconds must be at least"),
+        ({"data": DataConfig("d", stride_seconds=0)}, "data.stride_seconds must be positive"),
+        ({"data": DataConfig("d", tempo=(1.1, 0.9))}, "data.tempo must be a positive range"),
         ({"transfer": TransferConfig("none", p=0.5)}, "p must be finite and at least 1"),
         ({"transfer": TransferConfig("none", weight=-1)}, "transfer.weight must be 0 or more"),
     ],
@@ -184,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
 def test_a_configuration_that_cannot_work_is_refused_before_anything_is_written(tmp_path, pairs, change, reason):
     wrong = dataclasses.replace(config(tmp_path / "run"), **change)
     with pytest.raises(ValueError, match=reason):
-        Solver(wrong, Manner(**TINY), None, pairs, pairs, "student")
+        Solver(wrong, Manner(**TINY), None, command.segments(pairs, wrong), pairs, "student")
     assert not (tmp_path / "run").exists()
 
 
@@ -213,6 +216,7 @@ import json, sys
 import numpy as np
 import torch
 from mvat.models import Manner
+from train.command import segments
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
 from train.data import ArrayPairs
 from train.solver import Solver
@@ -224,7 +228,7 @@ data = DataConfig("generated", segment_seconds=0.25, tempo_share=0.0, workers=0)
 valid = ValidConfig(metrics=[], select="loss")
 config = RunConfig(sys.argv[1], ModelConfig(None, arguments), data, OptimConfig(1, 4), valid)
 torch.manual_seed(0)
-solver = Solver(config, Manner(**arguments), None, pairs, pairs, "student")
+solver = Solver(config, Manner(**arguments), None, segments(pairs, config), pairs, "student")
 seen = []
 item = type(solver.examples).__getitem__
 type(solver.examples).__getitem__ = lambda self, key: (seen.append(key[1]), item(self, key))[1]
