@@ -1,8 +1,10 @@
 """Checkpoints of a training run: written whole or not at all, read without running code.
 
-A file is a dictionary of tensors and plain values with format, model_config, state_dict, optimizer, scheduler, epoch
-(finished ones), step, best, history, config (resolved) and random (the generators' states), so that
-`mvat.models.Manner.from_pretrained` reads it too.
+best.pt is a dictionary of tensors and plain values with format, config (resolved), epoch (finished ones), step,
+history, model_config and state_dict, so that `mvat.models.Manner.from_pretrained` reads it. last.pt has these and what
+the run goes on with: optimizer, scheduler, scaler, progress and running (see `train.progress`), raw_state_dict and
+moves where state_dict is an average, updates of the whole run, the length of the curves' file, random (the generators'
+states).
 """
 
 import random
@@ -15,7 +17,7 @@ import torch
 from mvat.files import replacing
 from mvat.models.pretrained import read_checkpoint
 
-FORMAT = "mvat-checkpoint-1"
+FORMAT = "mvat-checkpoint-2"
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -31,7 +33,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint that `save` wrote; ValueError names the file and the reason."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of a training run (format {content.get('format')!r})")
+        raise ValueError(f"{path}: not a checkpoint that a run can go on from (format {content.get('format')!r})")
     return content
 
 

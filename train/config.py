@@ -1,9 +1,14 @@
 """The configuration of a training run: typed, filled from YAML and the command line by `train.command`."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mvat.audio import SAMPLE_RATE
+from mvat.losses import SHORTEST
+from mvat.metrics import METRICS
 
 
 @dataclass
@@ -52,8 +57,12 @@ class OptimConfig:
         epochs: passes over the data.
         batch_size: examples a step and process.
         lr: the schedule's highest learning rate.
-        accumulate: steps whose gradients are added up before the optimiser moves.
-        precision: "no" for float32, "bf16" or "fp16" for mixed precision.
+        accumulate: batches over whose mean gradient the optimiser moves once; an epoch's last ones may be fewer.
+        precision: "no" for float32, "bf16" or "fp16" (on a GPU only) for mixed precision.
+        clip: largest norm of the gradient; a longer one is shortened to it. None leaves it.
+        ema: decay of an exponential moving average of the weights, such as 0.999, which is then what is validated,
+            saved and loaded; None does without.
+        compile: train through torch.compile.
     """
 
     epochs: int = 350
@@ -61,6 +70,9 @@ class OptimConfig:
     lr: float = 1e-3
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
+    clip: float | None = None
+    ema: float | None = None
+    compile: bool = False
 
 
 @dataclass
@@ -71,11 +83,15 @@ class ValidConfig:
         every: epochs between validations; the last epoch is always validated.
         metrics: names of mvat.metrics.METRICS to compute.
         select: the score whose best value marks the best checkpoint, or "loss".
+        patience: validations without a better value of `select` after which the run ends early; None never does.
+        samples: recordings whose beginnings can be listened to beside the curves, anew after every validation.
     """
 
     every: int = 1
     metrics: list[str] = field(default_factory=lambda: ["pesq_wb", "stoi", "si_sdr"])
     select: str = "pesq_wb"
+    patience: int | None = None
+    samples: int = 3
 
 
 @dataclass
@@ -115,6 +131,7 @@ class RunConfig:
         transfer: what it learns from a teacher.
         seed: of the initial weights, the order of the data and its augmentation.
         label: the run's name in tables and reports; by default the folder's name.
+        save_minutes: between checkpoints within an epoch; there is always one after it. 0 saves after every step.
     """
 
     out: str
@@ -125,6 +142,7 @@ class RunConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     seed: int = 0
     label: str = ""
+    save_minutes: float = 15.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and values, as config.yaml and the checkpoints hold them."""
@@ -135,6 +153,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def check(config: RunConfig) -> None:
+    """Whatever in optim and valid would otherwise end a run late: ValueError names the key."""
+    optim, valid, data = config.optim, config.valid, config.data
+    for name in ("epochs", "batch_size", "accumulate"):
+        count = getattr(optim, name)
+        _require(count >= 1, f"optim.{name}", "at least 1", count)
+    _require(0 < optim.lr < math.inf, "optim.lr", "positive", optim.lr)
+    _require(optim.clip is None or 0 < optim.clip < math.inf, "optim.clip", "positive", optim.clip)
+    _require(optim.ema is None or 0 <= optim.ema < 1, "optim.ema", "at least 0 and less than 1", optim.ema)
+    _require(valid.every >= 1, "valid.every", "at least 1", valid.every)
+    _require(valid.patience is None or valid.patience >= 1, "valid.patience", "at least 1", valid.patience)
+    _require(valid.samples >= 0, "valid.samples", "0 or more", valid.samples)
+    unknown = ", ".join(sorted(set(valid.metrics) - set(METRICS)))
+    _require(not unknown, "valid.metrics", f"some of {', '.join(METRICS)}", unknown)
+    scored = valid.select == "loss" or valid.select in valid.metrics
+    _require(scored, "valid.select", '"loss" or one of valid.metrics', repr(valid.select))
+    long = round(data.segment_seconds * SAMPLE_RATE) >= SHORTEST
+    _require(long, "data.segment_seconds", f"at least {SHORTEST / SAMPLE_RATE:.4f}", data.segment_seconds)
+    _require(config.save_minutes >= 0, "save_minutes", "0 or more", config.save_minutes)
+
+
+def _require(right: bool, name: str, expected: str, given: Any) -> None:
+    if not right:
+        raise ValueError(f"{name} must be {expected}, got {given}")
 
 
 def differences(

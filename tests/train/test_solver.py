@@ -15,6 +15,7 @@ from mvat.models import Manner, count_parameters
 from train import checkpoint, command
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig, ValidConfig, differences
 from train.data import ArrayPairs
+from train.progress import Progress
 from train.solver import RunError, Solver
 from train.synthetic import make_pair
 from train.transfer import Transfer
@@ -68,11 +69,10 @@ def test_training_learns_and_leaves_what_it_promises(tmp_path, pairs):
 def test_the_one_cycle_is_stepped_by_batch_and_ends_low(tmp_path, pairs):
     trained = solver(tmp_path / "run", pairs)
     steps = len(trained.loader)
-    assert trained.scheduler.total_steps == 2 * steps
-    trained.fit()
-    assert trained.step == 2 * steps
-    assert trained.scheduler.get_last_lr()[0] == pytest.approx(1e-3 / 25 / 1e4)
-    rates = [row["lr"] for row in trained.history]
+    assert trained.step.scheduler.total_steps == 2 * steps
+    rates = [row["lr"] for row in trained.fit()]
+    assert trained.progress.step == 2 * steps
+    assert trained.step.rate == pytest.approx(1e-3 / 25 / 1e4)
     assert rates[0] > 100 * rates[1] > 0
 
 
@@ -82,15 +82,15 @@ class Stop(Exception):
 
 def stopped_after(epoch, monkeypatch, run):
     """Run until this epoch's checkpoint is written, then stop as a kill would, before anything else."""
-    record = Solver._record
+    save = Solver._save
 
-    def stop(self, row):
-        record(self, row)
-        if row["epoch"] == epoch:
+    def stop(self, *arguments, **options):
+        save(self, *arguments, **options)
+        if self.progress.epoch == epoch:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(Solver, "_record", stop)
+        patch.setattr(Solver, "_save", stop)
         with pytest.raises(Stop):
             run()
 
@@ -107,7 +107,7 @@ def test_a_stopped_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, pairs, mon
     stopped_after(2, monkeypatch, make("parts").fit)
     make("parts").fit()
     whole, parts = (checkpoint.load(tmp_path / name / "last.pt") for name in ("whole", "parts"))
-    for key in ("state_dict", "optimizer", "scheduler", "epoch", "step", "best"):
+    for key in ("state_dict", "optimizer", "scheduler", "epoch", "step", "progress"):
         assert tensors_equal(whole[key], parts[key]), key
     for a, b in zip(whole["history"], parts["history"], strict=True):
         assert (a["train"], a["valid"]) == (b["train"], b["valid"])
@@ -152,18 +152,22 @@ def test_a_stop_between_the_writes_loses_nothing(tmp_path, pairs, monkeypatch):
     assert not (tmp_path / "run" / ".last.999.part.pt").exists()
 
 
-def test_scores_that_are_not_numbers_are_never_the_best(tmp_path, pairs):
-    trained = solver(tmp_path / "run", pairs, 4)
-    better = [trained._is_better({"epoch": i, "valid": {"loss": v}}) for i, v in enumerate((float("nan"), 1.0, 2.0), 1)]
-    assert better == [False, True, False]
-    unscored = solver(tmp_path / "other", pairs, 2)
-    assert [unscored._is_better({"epoch": i, "valid": {}}) for i in (1, 2)] == [False, True]
+def test_scores_that_are_not_numbers_are_never_the_best():
+    def better(epochs, rows):
+        progress = Progress()
+        valid = ValidConfig(metrics=[], select="loss")
+        return [
+            progress.end_epoch({"epoch": i, "valid": row}, OptimConfig(epochs), valid) for i, row in enumerate(rows, 1)
+        ]
+
+    assert better(4, [{"loss": float("nan")}, {"loss": 1.0}, {"loss": 2.0}]) == [False, True, False]
+    assert better(2, [{}, {}]) == [False, True]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
     trained = solver(tmp_path / "run", pairs, 2)
-    monkeypatch.setattr("train.solver.weighted_mrstft_loss", lambda y, *_: (y * float("nan")).mean())
-    with pytest.raises(RunError, match="epoch 1 is not finite"):
+    monkeypatch.setattr("train.step.weighted_mrstft_loss", lambda y, *_: (y * float("nan")).mean())
+    with pytest.raises(RunError, match="not finite in any step of epoch 1"):
         trained.fit()
     assert not (tmp_path / "run" / "last.pt").exists()
 
