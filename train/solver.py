@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,11 @@ class Solver:
     def main(self) -> bool:
         """Whether this process writes."""
         return self.accelerator.is_main_process
+
+    @cached_property
+    def gflops(self) -> float:
+        """Of the model, as tables give them; counting takes a while, so only once there is a table to fill."""
+        return round(count_flops(self.model.config) / 1e9, 4)
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last epoch and return the history; a finished run returns at once.
@@ -191,7 +197,8 @@ class Solver:
         if progress.streak == SKIPPED:
             raise RunError(
                 f"{self.folder}: loss or gradient were not finite in {SKIPPED} steps in a row, up to step "
-                f"{report.step}, and changed nothing; a lower optim.lr or optim.clip may help; the last checkpoint stays"
+                f"{report.step}, and changed nothing; a lower optim.lr or optim.clip may help; the last checkpoint is "
+                "kept"
             )
 
     def _end_epoch(self, epoch: int) -> None:
@@ -304,7 +311,7 @@ class Solver:
             "seed": self.config.seed,
             "model": self.model.config,
             "parameters": count_parameters(self.model),
-            "gflops": round(count_flops(self.model.config) / 1e9, 4),
+            "gflops": self.gflops,
             "epochs": self.progress.history,
         }
         write_text(self.folder / "history.json", json.dumps(history, indent=1) + "\n")
