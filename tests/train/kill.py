@@ -1,17 +1,18 @@
 """Kills a training at random moments, over and over, and compares what it ends with to a training never stopped.
 
-    python -m tests.train.kill [--kills 100] [--seed 0] [--out FOLDER]
+    python -m tests.train.kill [--kills 100] [--processes 1] [--seed 0] [--out FOLDER]
 
 A killed process is followed by the same command. Weights, optimiser, history and curves must come out bit for bit as
-without a kill, but for times and memory. Every other kill waits until a checkpoint is being written. Needs fork.
+without a kill, but for times and memory. Every other kill waits until a checkpoint is being written. Of several
+processes one is killed, and the others must end by themselves. Needs fork.
 """
 
 import argparse
 import contextlib
-import io
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from train.solver import Solver
 #: What differs between two runs by nature.
 TIMES = ("seconds", "audio_seconds_per_second", "waiting", "peak_memory_gb")
 MODEL = Manner(hidden=6, depth=1).config
+EPOCHS = 6
 
 
 def recordings() -> ArrayPairs:
@@ -53,37 +55,78 @@ def train(out: Path, epochs: int, save_minutes: float) -> None:
     Solver(config, Manner(**MODEL), None, segments(pairs, config), pairs, "student").fit()
 
 
-def child(out: Path, epochs: int, save_minutes: float) -> int:
-    """`train` in a process of its own, started in no time since it is a copy of this one; its process id."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(out, epochs, save_minutes)
-        status = 0
-    finally:
-        os._exit(status)
+def start(out: Path, epochs: int, save_minutes: float, count: int) -> list[int]:
+    """`train` in processes of its own, there in no time since they are copies of this one; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(count):
+        process = os.fork()
+        if not process:
+            status = 1
+            if count > 1:  # as torchrun tells it
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in place.items()})
+            with open(out.parent / f"{rank}.log", "w") as log, contextlib.redirect_stdout(log):
+                try:
+                    train(out, epochs, save_minutes)
+                    status = 0
+                except BaseException as error:
+                    print(f"{type(error).__name__}: {error}")
+            os._exit(status)
+        started.append(process)
+    return started
 
 
-def killed(process: int, out: Path, delay: float, writing: bool) -> str:
-    """Kill the process after a while, if `writing` at the next checkpoint; where it was, "" if it had ended."""
+def finished(processes: list[int]) -> None:
+    """Wait for the processes, which must end well."""
+    if any([os.waitpid(process, 0)[1] for process in processes]):
+        raise SystemExit("the command failed")
+
+
+def killed(processes: list[int], victim: int, out: Path, delay: float, writing: bool) -> str:
+    """Kill one process after a while, if `writing` at the next checkpoint; where it was, "" if all had ended."""
     begin = time.perf_counter()
-    part = f".last.{process}.part.pt"
+    part = f".last.{processes[0]}.part.pt"
     while time.perf_counter() < begin + delay or (writing and not (out / part).exists()):
-        ended, status = os.waitpid(process, os.WNOHANG)
+        ended, status = os.waitpid(processes[0], os.WNOHANG)
         if ended:
             if status:
                 raise SystemExit(f"the command failed with status {status}")
+            finished(processes[1:])
             return ""
         time.sleep(0 if writing else 0.001)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    os.kill(processes[victim], signal.SIGKILL)
+    os.waitpid(processes[victim], 0)
     names = {path.name for path in out.glob(".*.part.*")}
-    if part in names:
-        return "while last.pt was written"
-    return "while another file was written" if names else "elsewhere"
+    place = "while last.pt was written" if part in names else "while another file was written" if names else "elsewhere"
+    for rank, process in enumerate(processes):
+        if rank != victim:
+            place += f", the other {survived(process, out.parent / f'{rank}.log')}"
+    return place
+
+
+def survived(process: int, log: Path) -> str:
+    """How a process ended whose neighbour was killed: by itself with a clear word, or told to as torchrun does."""
+    begin = time.perf_counter()
+    told = False
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            if told or not status:
+                return "was told to end" if told else "had ended"
+            if "another process of this run ended" not in (said := log.read_text()):
+                raise SystemExit(f"a process whose neighbour was killed said: {said}")
+            return "ended with a clear word"
+        if not told and time.perf_counter() > begin + 5:
+            os.kill(process, signal.SIGTERM)
+            told = True
+        if time.perf_counter() > begin + 30:
+            os.kill(process, signal.SIGKILL)
+            raise SystemExit("a process whose neighbour was killed did not end within 30 s")
+        time.sleep(0.001)
 
 
 def outcome(out: Path) -> dict[str, Any]:
@@ -130,49 +173,53 @@ def different(a: Any, b: Any, where: str = "") -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.train.kill", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1, help="that train together; one of them is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="a folder for the runs (default: a temporary one)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     count_flops(MODEL)  # whatever it imports is then there in every copy of this process
-    chance = random.Random(options.seed)
-    epochs = 6
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.out or Path(temporary)
-        begin = time.perf_counter()
-        if os.waitpid(child(folder / "whole", epochs, 15.0), 0)[1]:
-            raise SystemExit("the training failed")
-        whole, seconds = outcome(folder / "whole"), time.perf_counter() - begin
-        steps = [step for step, _ in whole["curves"]["train/total"]]
-        assert steps == sorted(set(steps)) and steps, steps
-        places: Counter[str] = Counter()
-        runs, kills = 0, 0
-        while kills < options.kills:
-            runs += 1
-            out = folder / f"killed{runs}"
-            while True:
-                # Often after every step, sometimes only at the end of an epoch.
-                minutes = chance.choice((0.0, 0.0, seconds / 60 / epochs / 4, 15.0))
-                process = child(out, epochs, minutes)
-                if kills == options.kills:
-                    if os.waitpid(process, 0)[1]:
-                        raise SystemExit("the command failed")
-                    break
-                writing = kills % 2 == 1
-                place = killed(process, out, chance.uniform(0, seconds / epochs * (1 if writing else 2)), writing)
-                if not place:
-                    break
-                places[place] += 1
-                kills += 1
-            wrong = different(whole, outcome(out))
-            if wrong:
-                print(f"run {runs} differs from the one never stopped in {len(wrong)} places: {', '.join(wrong[:10])}")
-                return 1
-        print(
-            f"{kills} kills ({', '.join(f'{count} {place}' for place, count in places.items())}) over {runs} runs of "
-            f"{epochs} epochs: weights, optimiser, history and curves as those of a run never stopped, bit for bit; "
-            f"{time.perf_counter() - begin:.0f} s"
-        )
+        return kill(options.out or Path(temporary), options.kills, options.processes, random.Random(options.seed))
+
+
+def kill(folder: Path, kills: int, count: int, chance: random.Random) -> int:
+    """Kill `kills` times, in as many runs as that takes, and say how it went; 1 if a run came out otherwise."""
+    begin = time.perf_counter()
+    finished(start(folder / "whole", EPOCHS, 15.0, count))
+    whole, seconds = outcome(folder / "whole"), time.perf_counter() - begin
+    for name, points in whole["curves"].items():
+        steps = [step for step, _ in points]
+        if steps != sorted(set(steps)):
+            print(f"the curve {name} has steps {steps}")
+            return 1
+    places: Counter[str] = Counter()
+    runs, left = 0, kills
+    while left:
+        runs += 1
+        out = folder / f"killed{runs}"
+        while True:
+            # Often after every step, sometimes only at the end of an epoch.
+            processes = start(out, EPOCHS, chance.choice((0.0, 0.0, seconds / 60 / EPOCHS / 4, 15.0)), count)
+            if not left:
+                finished(processes)
+                break
+            writing = left % 2 == 1
+            delay = chance.uniform(0, seconds / EPOCHS * (1 if writing else 2))
+            place = killed(processes, chance.randrange(count), out, delay, writing)
+            if not place:
+                break
+            places[place] += 1
+            left -= 1
+        wrong = different(whole, outcome(out))
+        if wrong:
+            print(f"run {runs} differs from the one never stopped in {len(wrong)} places: {', '.join(wrong[:10])}")
+            return 1
+    print(
+        f"{kills} kills over {runs} runs of {EPOCHS} epochs: weights, optimiser, history and curves as those of a run "
+        f"never stopped, bit for bit; {time.perf_counter() - begin:.0f} s. Killed"
+    )
+    print("\n".join(f"  {number} {place}" for place, number in sorted(places.items())))
     return 0
 
 
