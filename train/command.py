@@ -16,7 +16,7 @@ from train import manifest
 from train.config import ModelConfig, RunConfig
 from train.data import FilePairs, Pairs, Segments
 from train.manifest import Entry
-from train.solver import Solver
+from train.solver import Solver, Stopped
 
 
 def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
@@ -63,7 +63,12 @@ def _check_yaml(file: str) -> None:
 
 
 def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
-    """Parse and train; 0 when the run is finished, 2 with one line for what the user must mend."""
+    """Parse and train.
+
+    Returns:
+        0 when the run is finished, 2 with one line for what the user must mend, 128 + the signal (143 for SIGTERM, 130
+        for SIGINT) when it was asked to stop.
+    """
     try:
         config = parse(argv, description)
         if kind == "teacher" and config.transfer.method != "none":
@@ -76,8 +81,11 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
         reason = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt:  # before there was anything to save, or a second time
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

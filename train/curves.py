@@ -38,7 +38,7 @@ class Curves:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / NAME
         self._file = open(path, "ab")  # noqa: SIM115
-        self._file.truncate(_whole(path, length))
+        self._file.seek(self._file.truncate(_whole(path, length)))  # or `tell` would give the former end
         self._event, self._records = Event, RecordWriter(self._file)
         if not os.path.getsize(path):
             self._write(file_version="brain.Event:2")

@@ -117,7 +117,7 @@ class Loader:
 
         Raises:
             RunError: too many examples cannot be read.
-            RuntimeError: a reading process died (see `reader_died`), here or wherever the loop is by then.
+            RuntimeError: a reading process died, here or wherever the loop is by then; see `processes.clear_errors`.
         """
         self.order.epoch, self.batches.start = epoch, start
         iterator = None
@@ -147,8 +147,3 @@ class Loader:
                 f"{self.name}: {self.unreadable} of {examples} examples of epoch {epoch} cannot be read, more than "
                 f"{UNREADABLE:.0%}: {'; '.join(self._reported)}"
             )
-
-
-def reader_died(error: RuntimeError) -> bool:
-    """Whether PyTorch says that a process that reads data is gone."""
-    return "DataLoader worker" in str(error)

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -75,11 +76,42 @@ def own_cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def lost(error: RuntimeError) -> bool:
-    """Whether the error says that another process cannot be reached."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"))
+def leave(accelerator: Accelerator) -> None:
+    """Part from the other processes, which do the same.
+
+    The barrier is for gloo, too: its thread lets go of the last gathered tensors, for which it needs Python's lock,
+    before it does anything else. PyTorch waits for that thread with the lock held when the group goes, maybe for ever.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@contextlib.contextmanager
+def clear_errors(folder: Path, data: str) -> Iterator[None]:
+    """RunError in plain words for what PyTorch and the system say when a neighbour or a reading process is gone.
+
+    Args:
+        folder, data: where the run writes and reads, for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join((str(error).strip().splitlines() or [""])[0].split())
+        if "DataLoader worker" in reason:
+            raise RunError(
+                f"{data}: a process that reads training data died ({reason}); often memory has run out, which a "
+                "smaller data.workers saves; the same command goes on from the last checkpoint"
+            ) from error
+        signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+        if isinstance(error, torch.distributed.DistError) or any(sign in reason for sign in signs):
+            time.sleep(0.1)  # for gloo's thread, see `leave`
+            raise RunError(
+                f"{folder}: another process of this run ended or cannot be reached ({reason}); "
+                "the same command goes on from the last checkpoint"
+            ) from error
+        raise
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written to: {error.strerror or error}") from error
 
 
 class Signals:

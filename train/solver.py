@@ -19,7 +19,7 @@ from train import config as settings
 from train.config import RunConfig, differences
 from train.curves import Curves
 from train.data import Pairs
-from train.loading import Loader, reader_died
+from train.loading import Loader
 from train.processes import RunError, Stopped
 from train.progress import Progress, Running, row
 from train.step import Report, Step
@@ -80,7 +80,8 @@ class Solver:
         self.model = model
         transfer = Transfer(config.transfer, model, teacher).to(self.accelerator.device)
         self.updates = math.ceil(len(self.loader) / optim.accumulate) * optim.epochs
-        self.step = Step(config, self.accelerator, model, transfer, self.updates)
+        with processes.clear_errors(self.folder, data.path):
+            self.step = Step(config, self.accelerator, model, transfer, self.updates)
         self.progress, self.running = Progress(), Running()
         self.signals = processes.Signals()
         self.curves: Curves | None = None
@@ -104,23 +105,8 @@ class Solver:
             Stopped: SIGTERM or SIGINT asked to stop; the run is saved where it stood.
         """
         try:
-            with self.signals.watched():
+            with processes.clear_errors(self.folder, self.config.data.path), self.signals.watched():
                 return self._fit()
-        except RuntimeError as error:
-            reason = " ".join((str(error).strip().splitlines() or [""])[0].split())
-            if reader_died(error):
-                raise RunError(
-                    f"{self.config.data.path}: a process that reads training data died ({reason}); often memory has "
-                    "run out, which a smaller data.workers saves; the same command goes on from the last checkpoint"
-                ) from error
-            if self.accelerator.num_processes > 1 and processes.lost(error):
-                raise RunError(
-                    f"{self.folder}: another process of this run ended or cannot be reached ({reason}); "
-                    "the same command goes on from the last checkpoint"
-                ) from error
-            raise
-        except OSError as error:
-            raise RunError(f"{self.folder}: cannot be written to: {error.strerror or error}") from error
         finally:
             if self.curves is not None:
                 self.curves.close()
@@ -141,7 +127,7 @@ class Solver:
         while not progress.finished:
             self._train_epoch(progress.epoch + 1)
             self._end_epoch(progress.epoch + 1)
-        self.accelerator.end_training()
+        processes.leave(self.accelerator)
         return progress.history
 
     def _train_epoch(self, epoch: int) -> None:
@@ -177,7 +163,7 @@ class Solver:
                 self._tally()
                 self._save()
             if stop:
-                raise Stopped(stop, self._place())
+                raise self._stopped(stop)
         bar.close()
         self._tally()
 
@@ -226,7 +212,7 @@ class Solver:
         found = validate(model, self.valid_pairs, self.config.valid, self.accelerator, lambda: self.signals.asked)
         if found is None:
             self._save()
-            raise Stopped(max(processes.gather(self.accelerator, self.signals.asked)), self._place())
+            raise self._stopped(max(processes.gather(self.accelerator, self.signals.asked)))
         return found
 
     def _draw(self, curves: Curves, entry: dict[str, Any], samples: list[Sample]) -> None:
@@ -249,8 +235,10 @@ class Solver:
         epochs = self.config.optim.epochs
         return f"{self.folder.name} epoch {entry['epoch']}/{epochs}: {', '.join(parts)}" + ("  best" if better else "")
 
-    def _place(self) -> str:
-        return f"at step {self.progress.position} of epoch {self.progress.epoch + 1}"
+    def _stopped(self, number: int) -> Stopped:
+        """For all processes to end with, after they have saved."""
+        processes.leave(self.accelerator)
+        return Stopped(number, f"at step {self.progress.position} of epoch {self.progress.epoch + 1}")
 
     def _save_is_due(self) -> bool:
         """By the first process's clock; all save at the step at which all have heard of it."""

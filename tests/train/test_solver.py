@@ -1,7 +1,10 @@
 import dataclasses
+import itertools
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +15,15 @@ import torch
 import yaml
 
 from mvat.models import Manner, count_parameters
+from tests.train.kill import curves
 from train import checkpoint, command
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig, ValidConfig, differences
-from train.data import ArrayPairs
+from train.data import ArrayPairs, Segments
 from train.progress import Progress
-from train.solver import RunError, Solver
+from train.solver import RunError, Solver, Stopped
 from train.synthetic import make_pair
 from train.transfer import Transfer
+from train.validation import validate
 
 REPO = Path(__file__).resolve().parents[2]
 TINY = Manner(hidden=6, depth=2).config
@@ -164,12 +169,163 @@ def test_scores_that_are_not_numbers_are_never_the_best():
     assert better(2, [{}, {}]) == [False, True]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
-    trained = solver(tmp_path / "run", pairs, 2)
-    monkeypatch.setattr("train.step.weighted_mrstft_loss", lambda y, *_: (y * float("nan")).mean())
+def spoilt(pairs, clips, monkeypatch):
+    """The training examples asked for as `clips`-th are NaN."""
+    read, asked = Segments.__getitem__, itertools.count()
+
+    def get(self, item):
+        clean, noisy = read(self, item)
+        return clean, noisy * float("nan") if next(asked) in clips else noisy
+
+    monkeypatch.setattr(Segments, "__getitem__", get)
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, pairs, monkeypatch):
+    spoilt(pairs, [5], monkeypatch)
+    history = solver(tmp_path / "run", pairs, 3).fit()
+    assert [row["skipped"] for row in history] == [1, 0, 0]
+    assert all(np.isfinite(list(row["train"].values())).all() for row in history)
+    state = checkpoint.load(tmp_path / "run" / "last.pt")["state_dict"]
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_an_epoch_without_a_finite_loss_ends_the_run(tmp_path, pairs, monkeypatch):
+    spoilt(pairs, range(100), monkeypatch)
     with pytest.raises(RunError, match="not finite in any step of epoch 1"):
-        trained.fit()
+        solver(tmp_path / "run", pairs, 2).fit()
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_twenty_skipped_steps_in_a_row_end_the_run_and_keep_the_last_checkpoint(tmp_path, pairs, monkeypatch):
+    settings = config(tmp_path / "run", 2)
+    data = dataclasses.replace(settings.data, segment_seconds=0.1, stride_seconds=0.08)
+    settings = dataclasses.replace(settings, data=data, optim=OptimConfig(2, 1), save_minutes=0)
+    steps = len(command.segments(pairs, settings))
+    assert steps >= 22
+    spoilt(pairs, range(steps + 2, 1000), monkeypatch)
+    with pytest.raises(RunError, match=f"not finite in 20 steps in a row, up to step {steps + 22}"):
+        Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student").fit()
+    content = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert content["progress"]["streak"] == 19 and content["step"] == steps + 21
+    assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
+
+
+def test_averaged_weights_are_what_is_validated_and_loaded(tmp_path, pairs):
+    settings = dataclasses.replace(config(tmp_path / "run"), optim=OptimConfig(2, 2, ema=0.9))
+    trained = Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student")
+    history = trained.fit()
+    last = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert tensors_equal(last["state_dict"], dict(trained.step.average.model.state_dict()))
+    assert tensors_equal(last["raw_state_dict"], dict(trained.model.state_dict()))
+    assert not tensors_equal(last["raw_state_dict"], last["state_dict"])
+    loaded = Manner.from_pretrained(tmp_path / "run" / "last.pt")
+    found, _ = validate(loaded, pairs, settings.valid, trained.accelerator, lambda: 0)
+    assert found == history[-1]["valid"]
+
+
+def test_a_run_that_improves_no_more_ends_early(tmp_path, pairs, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.0, 0.0])
+    monkeypatch.setattr("train.solver.validate", lambda *_: ({"loss": next(losses)}, []))
+    settings = config(tmp_path / "run", 9)
+    settings = dataclasses.replace(settings, valid=dataclasses.replace(settings.valid, patience=2))
+
+    def make():
+        return Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student")
+
+    history = make().fit()
+    assert [row["valid"]["loss"] for row in history] == [3.0, 1.0, 2.0, 2.0]
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["epoch"] == 2
+    assert make().fit() == history
+
+
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_a_signal_ends_the_step_saves_and_the_run_goes_on_there(tmp_path, pairs, monkeypatch, moment):
+    def make(name):
+        return solver(tmp_path / name, pairs, 2)
+
+    whole = make("whole")
+    whole.fit()
+    stopped = make("run")
+    if moment == "step":
+        read = Segments.__getitem__
+        asked = itertools.count()
+
+        def get(self, item):
+            if next(asked) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read(self, item)
+
+        monkeypatch.setattr(Segments, "__getitem__", get)
+        place = "at step 1 of epoch 1"
+    else:
+        read_pair = ArrayPairs.read
+
+        def read(self, index, start=0, frames=-1):
+            if frames == -1 and index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return read_pair(self, index, start, frames)
+
+        monkeypatch.setattr(ArrayPairs, "read", read)
+        place = f"at step {len(stopped.loader)} of epoch 1"
+    with pytest.raises(Stopped, match=f"stopped by SIGTERM {place}; the same command goes on there") as stop:
+        stopped.fit()
+    assert stop.value.signal == signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    resumed = make("run")
+    resumed.fit()
+    assert tensors_equal(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    for a, b in zip(whole.progress.history, resumed.progress.history, strict=True):
+        assert (a["train"], a["valid"], a["step"]) == (b["train"], b["valid"], b["step"])
+
+
+def test_a_stopped_command_says_so_and_has_the_signals_status(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise Stopped(signal.SIGTERM, "at step 7 of epoch 2")
+
+    monkeypatch.setattr(command, "run", stop)
+    assert command.main(["--out", "x", "--data.path", "y", "--model.preset", "base"], "test", "teacher") == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM at step 7 of epoch 2; the same command goes on there\n"
+
+
+def test_a_clock_that_jumps_changes_no_number(tmp_path, pairs, monkeypatch):
+    hours = itertools.count(10**6, -3600)
+    monkeypatch.setattr("time.time", lambda: float(next(hours)))
+    (row,) = solver(tmp_path / "run", pairs, 1).fit()
+    assert 0 < row["seconds"] < 3600 and row["audio_seconds_per_second"] > 0 and 0 <= row["waiting"] <= 1
+
+
+def test_rows_curves_and_recordings_hold_what_they_promise(tmp_path, pairs):
+    settings = config(tmp_path / "run")
+    settings = dataclasses.replace(settings, valid=dataclasses.replace(settings.valid, samples=2))
+    settings = dataclasses.replace(settings, optim=OptimConfig(2, 1))
+    history = Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student").fit()
+    keys = {"epoch", "step", "lr", "seconds", "audio_seconds_per_second", "waiting", "peak_memory_gb", "skipped"}
+    assert history[0].keys() == keys | {"unreadable", "gradient_norm", "train", "valid"}
+    assert history[0]["gradient_norm"] > 0 and history[0]["train"].keys() == {"total", "enhancement"}
+    found = curves(tmp_path / "run" / "tensorboard")
+    last = history[-1]["step"]
+    assert [step for step, _ in found["train/gradient_norm"]] == list(range(10, last + 1, 10))
+    assert found["valid/loss"] == [(row["step"], pytest.approx(row["valid"]["loss"])) for row in history]
+    for name in ("s0", "s2"):
+        assert [step for step, _ in found[f"{name}/estimate"]] == [row["step"] for row in history]
+        assert len(found[f"{name}/clean"]) == len(found[f"{name}/noisy"]) == 1
+    assert "s1/clean" not in found
+
+
+@pytest.mark.parametrize(("kills", "processes"), [(20, 1), (4, 2)])
+def test_a_run_killed_at_any_moment_ends_as_one_never_stopped(kills, processes):
+    """See tests/train/kill.py, which kills more often by itself."""
+    arguments = ["--kills", str(kills), "--processes", str(processes)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.kill", *arguments],
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"{kills} kills over" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -178,6 +334,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
         ({"optim": OptimConfig(2, 4, accumulate=0)}, "optim.accumulate must be at least 1, got 0"),
         ({"optim": OptimConfig(2, 4, lr=-1.0)}, "optim.lr must be positive"),
         ({"optim": OptimConfig(0, 4)}, "optim.epochs must be at least 1"),
+        ({"optim": OptimConfig(1, 4, clip=0.0)}, "optim.clip must be positive, got 0.0"),
+        ({"optim": OptimConfig(1, 4, ema=1.0)}, "optim.ema must be at least 0 and less than 1, got 1.0"),
+        ({"valid": ValidConfig(patience=0)}, "valid.patience must be at least 1"),
+        ({"valid": ValidConfig(samples=-1)}, "valid.samples must be 0 or more"),
+        ({"save_minutes": -1.0}, "save_minutes must be 0 or more"),
         ({"optim": OptimConfig(1, 400)}, "do not fill one batch of 400"),
         ({"valid": ValidConfig(metrics=["mos"])}, "valid.metrics must be some of"),
         ({"valid": ValidConfig(metrics=["stoi"])}, "valid.select"),
@@ -213,33 +374,58 @@ def test_several_processes_share_the_examples_and_write_once(tmp_path):
     assert not set(first["seen"]) & set(second["seen"]) and len(first["seen"]) == len(second["seen"]) == 8
     assert first["weights"] == second["weights"]
     assert done.stdout.count("epoch 1/1") == 1
+    # Every recording is validated once, by the same weights and running statistics, with one result for both.
+    assert sorted(first["validated"] + second["validated"]) == list(range(16)) and len(first["validated"]) == 8
+    assert first["valid"] == second["valid"]
+    assert first["valid"]["loss"] == pytest.approx(first["alone"], rel=1e-6)
+    assert first["skipped"] == second["skipped"] == 1
 
 
 TWO_PROCESSES = """
 import json, sys
 import numpy as np
 import torch
+from mvat.losses import weighted_mrstft_loss
 from mvat.models import Manner
 from train.command import segments
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
-from train.data import ArrayPairs
+from train.data import ArrayPairs, Segments
 from train.solver import Solver
 
 rng = np.random.default_rng(0)
 pairs = ArrayPairs([(f"s{i}", *rng.standard_normal((2, 4000)).astype(np.float32)) for i in range(16)])
 arguments = Manner(hidden=6, depth=2).config
 data = DataConfig("generated", segment_seconds=0.25, tempo_share=0.0, workers=0)
-valid = ValidConfig(metrics=[], select="loss")
+valid = ValidConfig(metrics=["si_sdr"], select="loss")
 config = RunConfig(sys.argv[1], ModelConfig(None, arguments), data, OptimConfig(1, 4), valid)
 torch.manual_seed(0)
-solver = Solver(config, Manner(**arguments), None, segments(pairs, config), pairs, "student")
-seen = []
-item = type(solver.examples).__getitem__
-type(solver.examples).__getitem__ = lambda self, key: (seen.append(key[1]), item(self, key))[1]
-solver.fit()
-weights = sum(p.detach().double().abs().sum().item() for p in solver.model.parameters())
+examples = segments(pairs, config)
+validated = []
+recordings = ArrayPairs([(name, *pairs.read(i)) for i, name in enumerate(pairs.names)])
+read = recordings.read
+recordings.read = lambda i: (validated.append(i), read(i))[1]
+solver = Solver(config, Manner(**arguments), None, examples, recordings, "student")
 rank = solver.accelerator.process_index
-open(f"{sys.argv[1]}.{rank}.json", "w").write(json.dumps({"seen": seen, "weights": weights}))
+seen = []
+item = type(examples).__getitem__
+
+def get(self, key):
+    seen.append(key[1])
+    clean, noisy = item(self, key)
+    if rank and len(seen) == 8:  # one process alone meets it, both skip the step
+        noisy[0, 0] = float("nan")
+    return clean, noisy
+
+type(examples).__getitem__ = get
+(row,) = solver.fit()
+alone = []
+for i in range(16):
+    clean, noisy = (torch.from_numpy(x)[None, None] for x in read(i))
+    with torch.no_grad():
+        alone.append(weighted_mrstft_loss(solver.model.eval()(noisy), clean, noisy).item())
+weights = sum(p.detach().double().abs().sum().item() for p in solver.model.parameters())
+found = {"seen": seen, "weights": weights, "validated": validated, "valid": row["valid"], "skipped": row["skipped"]}
+open(f"{sys.argv[1]}.{rank}.json", "w").write(json.dumps(found | {"alone": float(np.mean(alone))}))
 """
 
 
@@ -252,20 +438,30 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, pairs):
     assert last.stat().st_size == 1000
 
 
-def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, {"epoch": 1})
+def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, pairs, monkeypatch):
+    """A limit on the size of files stands for the full disk: the system refuses a write in the midst of the file."""
+    save = checkpoint.save
 
-    def full(content, file):
-        with open(file, "wb") as part:
-            part.write(b"half")
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")  # as torch.save does
+    def full(path, content):
+        if path.name == "last.pt" and content["epoch"] == 2:
+            former = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, former[1]))
+            try:
+                save(path, content)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        save(path, content)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="last.pt: .*unexpected pos"):
-        checkpoint.save(path, {"epoch": 2})
-    assert checkpoint.load(path)["epoch"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(RunError, match="run: cannot write the checkpoint: .*last.pt: "):
+            solver(tmp_path / "run", pairs, 2).fit()
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["epoch"] == 1
+    assert not list((tmp_path / "run").glob(".*"))
+    solver(tmp_path / "whole", pairs, 2).fit()
+    solver(tmp_path / "run", pairs, 2).fit()
+    run, whole = (checkpoint.load(tmp_path / name / "last.pt")["state_dict"] for name in ("run", "whole"))
+    assert tensors_equal(run, whole)
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path, pairs):
