@@ -97,7 +97,7 @@ def killed(processes: list[int], victim: int, out: Path, delay: float, writing: 
                 raise SystemExit(f"the command failed with status {status}")
             finished(processes[1:])
             return ""
-        time.sleep(0 if writing else 0.001)
+        time.sleep(0.0005)
     os.kill(processes[victim], signal.SIGKILL)
     os.waitpid(processes[victim], 0)
     names = {path.name for path in out.glob(".*.part.*")}
