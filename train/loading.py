@@ -128,6 +128,8 @@ class Loader:
                 clean, noisy, failures = next(iterator)
             except StopIteration:
                 return
+            except (OSError, EOFError) as error:  # no file's: the way from another process to here
+                raise RuntimeError(f"DataLoader worker gone: {error}") from error
             clean, noisy = (x.to(self.device, non_blocking=True) for x in (clean, noisy))
             self.waited += time.perf_counter() - begin
             if failures:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import threading
@@ -105,6 +106,7 @@ def clear_errors(folder: Path, data: str) -> Iterator[None]:
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, torch.distributed.DistError) or any(sign in reason for sign in signs):
             time.sleep(0.1)  # for gloo's thread, see `leave`
+            reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without the place in the library, without advice
             raise RunError(
                 f"{folder}: another process of this run ended or cannot be reached ({reason}); "
                 "the same command goes on from the last checkpoint"
