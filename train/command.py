@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a run stop at the same place
+            print(stop, file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:  # before there was anything to save, or a second time
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

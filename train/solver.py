@@ -127,6 +127,8 @@ class Solver:
         while not progress.finished:
             self._train_epoch(progress.epoch + 1)
             self._end_epoch(progress.epoch + 1)
+        if self.main and progress.epoch < epochs:
+            print(f"{self.folder}: ends early, {progress.unimproved} validations were no better", flush=True)
         processes.leave(self.accelerator)
         return progress.history
 

@@ -2,9 +2,9 @@
 
     python -m tests.train.kill [--kills 100] [--processes 1] [--seed 0] [--out FOLDER]
 
-A killed process is followed by the same command. Weights, optimiser, history and curves must come out bit for bit as
-without a kill, but for times and memory. Every other kill waits until a checkpoint is being written. Of several
-processes one is killed, and the others must end by themselves. Needs fork.
+A killed process is followed by the same command; the last life but one is ended by SIGTERM. Weights, optimiser, history
+and curves must come out bit for bit as without, but for times and memory. Every other kill waits until a checkpoint is
+being written. Of several processes one is killed, and the others must end by themselves. Needs fork.
 """
 
 import argparse
@@ -62,6 +62,8 @@ def start(out: Path, epochs: int, save_minutes: float, count: int) -> list[int]:
         port = probe.getsockname()[1]
     started = []
     for rank in range(count):
+        log = out.parent / f"{rank}.log"
+        log.write_text("")  # nothing of a former life
         process = os.fork()
         if not process:
             status = 1
@@ -69,7 +71,7 @@ def start(out: Path, epochs: int, save_minutes: float, count: int) -> list[int]:
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()})
-            with open(out.parent / f"{rank}.log", "w") as log, contextlib.redirect_stdout(log):
+            with open(log, "w") as text, contextlib.redirect_stdout(text):
                 try:
                     train(out, epochs, save_minutes)
                     status = 0
@@ -106,6 +108,23 @@ def killed(processes: list[int], victim: int, out: Path, delay: float, writing: 
         if rank != victim:
             place += f", the other {survived(process, out.parent / f'{rank}.log')}"
     return place
+
+
+def stopped(processes: list[int], victim: int, out: Path) -> None:
+    """Ask one process to stop, as soon as the run goes on: all must save and say so. Or the run had come to its end."""
+    logs = [out.parent / f"{rank}.log" for rank in range(len(processes))]
+    while True:
+        ended = os.waitpid(processes[0], os.WNOHANG)[0]
+        if ended or "goes on after" in logs[0].read_text():
+            break
+        time.sleep(0.0005)
+    if not ended:
+        os.kill(processes[victim], signal.SIGTERM)
+    for process in processes[1:] if ended else processes:
+        os.waitpid(process, 0)
+    said = [log.read_text() for log in logs]
+    if not all("stopped by SIGTERM" in text for text in said) and "is complete" not in said[0]:
+        raise SystemExit(f"a run that was asked to stop said: {said}")
 
 
 def survived(process: int, log: Path) -> str:
@@ -202,7 +221,8 @@ def kill(folder: Path, kills: int, count: int, chance: random.Random) -> int:
             # Often after every step, sometimes only at the end of an epoch.
             processes = start(out, EPOCHS, chance.choice((0.0, 0.0, seconds / 60 / EPOCHS / 4, 15.0)), count)
             if not left:
-                finished(processes)
+                stopped(processes, chance.randrange(count), out)
+                finished(start(out, EPOCHS, 15.0, count))
                 break
             writing = left % 2 == 1
             delay = chance.uniform(0, seconds / EPOCHS * (1 if writing else 2))
