@@ -6,10 +6,13 @@ reader finds a point twice. A file for every start, as TensorBoard's own writer 
 points to the reader and the files' order to the clock.
 """
 
+import contextlib
+import errno
 import os
 import struct
 import time
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -28,6 +31,7 @@ class Curves:
         length: bytes to keep of the file that is there, as `flush` gave them.
 
     Raises:
+        BlockingIOError: another process writes it.
         OSError: the file cannot be written; from every method.
     """
 
@@ -37,8 +41,9 @@ class Curves:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / NAME
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._file.seek(self._file.truncate(_whole(path, length)))  # or `tell` would give the former end
+        self._file = open(path, "a+b")  # noqa: SIM115
+        _lock(self._file)
+        self._file.seek(self._file.truncate(_whole(self._file, length)))  # or `tell` would give the former end
         self._event, self._records = Event, RecordWriter(self._file)
         if not os.path.getsize(path):
             self._write(file_version="brain.Event:2")
@@ -74,14 +79,29 @@ class Curves:
         self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
 
 
-def _whole(path: Path, length: int) -> int:
+def _lock(file: IO[bytes]) -> None:
+    """Hold the file until this process ends, however it ends; where the system cannot lock, go without."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError as error:
+            if error.errno == errno.EACCES:  # the other of the two that POSIX has for a lock that is taken
+                file.close()
+                raise BlockingIOError(error.errno, error.strerror) from None
+
+
+def _whole(file: IO[bytes], length: int) -> int:
     """The end of the last whole record within the first `length` bytes."""
-    end, size = 0, min(length, path.stat().st_size)
-    with open(path, "rb") as file:
-        while end + _HEADER.size <= size:
-            file.seek(end)
-            after = end + _HEADER.size + _HEADER.unpack(file.read(_HEADER.size))[0] + _FOOTER
-            if after > size:
-                break
-            end = after
+    end, size = 0, min(length, file.seek(0, os.SEEK_END))
+    while end + _HEADER.size <= size:
+        file.seek(end)
+        after = end + _HEADER.size + _HEADER.unpack(file.read(_HEADER.size))[0] + _FOOTER
+        if after > size:
+            break
+        end = after
     return end

@@ -56,14 +56,14 @@ class Readable(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor, list[str]]:
         epoch, index = item
-        # Anywhere in the epoch, since neighbours may stand in the same file; the same place in every run.
-        others = np.random.default_rng((epoch, index)).integers(len(self), size=self.TRIES)
-        failures: list[str] = []
-        for i in (index, *map(int, others)):
+        place, failures = index, list[str]()
+        while len(failures) <= self.TRIES:
             try:
-                return *self.examples[epoch, i], failures
+                return *self.examples[epoch, place], failures
             except (ValueError, OSError) as error:
                 failures.append(str(error))
+            # Anywhere in the epoch, since neighbours may stand in the same file; the same place in every run.
+            place = int(np.random.default_rng((epoch, index, len(failures))).integers(len(self)))
         raise RunError(f"{len(failures)} examples in a row cannot be read: {'; '.join(sorted(set(failures)))}")
 
 

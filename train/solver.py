@@ -112,14 +112,18 @@ class Solver:
                 self.curves.close()
 
     def _fit(self) -> list[dict[str, Any]]:
-        length = self._open_folder()
+        last = self.folder / "last.pt"
+        content = checkpoint.load(last) if last.is_file() else None
+        length = 0 if content is None else self._resume(content)
         progress, epochs = self.progress, self.config.optim.epochs
         if progress.finished:
             if self.main:
+                self._describe()
                 print(f"{self.folder}: is complete, {progress.epoch} epochs", flush=True)
+            processes.leave(self.accelerator)
             return progress.history
         if self.main:
-            self.curves = Curves(self.folder / "tensorboard", length)
+            self._open_folder(length)
             if progress.step:
                 place = f" and {progress.position} of {len(self.loader)} steps" if progress.position else ""
                 print(f"{self.folder}: goes on after epoch {progress.epoch} of {epochs}{place}", flush=True)
@@ -306,19 +310,21 @@ class Solver:
         }
         write_text(self.folder / "history.json", json.dumps(history, indent=1) + "\n")
 
-    def _open_folder(self) -> int:
-        """Make the run's folder, or take up the run that it holds; the length of its curves' file."""
-        import yaml
-
-        last = self.folder / "last.pt"
-        length = self._resume(checkpoint.load(last)) if last.is_file() else 0
-        if not self.main:
-            return length
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _open_folder(self, length: int) -> None:
+        """Make the run's folder, or take hold of the one that is there."""
+        try:
+            self.curves = Curves(self.folder / "tensorboard", length)
+        except BlockingIOError:
+            raise RunError(f"{self.folder}: another process is training into it") from None
         for part in self.folder.glob(".*.part.*"):  # of a process that was killed while it wrote
             part.unlink()
+        self._describe()
+
+    def _describe(self) -> None:
+        """Write the configuration, whose free keys may have changed."""
+        import yaml
+
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
-        return length
 
     def _resume(self, content: dict[str, Any]) -> int:
         changed = differences(content["config"], self.config.as_dict(), ignore=FREE_KEYS)
