@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from mvat.kernels import use_backend
 from mvat.models import Manner
 from train import processes
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig
@@ -151,14 +152,17 @@ def test_statistics_come_back_only_where_told():
     assert norm.running_mean.tolist() == [0, 0] and norm.num_batches_tracked == 0
 
 
-def test_bfloat16_trains_on_a_cpu_too():
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_bfloat16_trains_on_a_cpu_too(backend):
+    """The references compute in it; the fused kernels of a CPU stay in float32."""
     teacher = Manner(**TINY)
-    step = make(teacher, "mvat", precision="bf16")
-    losses = [go(step, [batch(0)]).parts["total"] for _ in range(4)]
-    assert losses[-1] < losses[0]
-    AcceleratorState._reset_state(True)
-    plain = go(make(teacher, "mvat"), [batch(0)]).parts["total"]
-    assert losses[0] == pytest.approx(plain, rel=0.05) and losses[0] != plain
+    with use_backend(backend):
+        step = make(teacher, "mvat", precision="bf16")
+        losses = [go(step, [batch(0)]).parts["total"] for _ in range(4)]
+        AcceleratorState._reset_state(True)
+        plain = go(make(teacher, "mvat"), [batch(0)]).parts["total"]
+    assert losses[-1] < losses[0] == pytest.approx(plain, rel=0.05)
+    assert (losses[0] != plain) == (backend == "eager")
     assert all(p.dtype == torch.float32 for p in step.model.parameters())
 
 
@@ -166,6 +170,21 @@ def test_bfloat16_trains_on_a_cpu_too():
 def test_float16_without_a_gpu_is_refused():
     with pytest.raises(processes.RunError, match='optim.precision "fp16" needs a GPU'):
         make(precision="fp16")
+
+
+def test_a_scaled_loss_moves_as_a_plain_one_and_its_scale_falls_where_nothing_moves():
+    """The way of float16, which a CPU goes too where it is given a scaler."""
+    scaled, plain = make(clip=0.1), make(clip=0.1)
+    scaled.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    a, b = go(scaled, [batch(0)]), go(plain, [batch(0)])
+    assert a.finite and a.parts == pytest.approx(b.parts, rel=1e-4)
+    for name, value in state(plain).items():
+        torch.testing.assert_close(state(scaled)[name], value, rtol=1e-3, atol=1e-6)
+    before = state(scaled)
+    clean, noisy = batch(1)
+    assert not go(scaled, [(clean, noisy * math.nan)]).finite
+    assert all(torch.equal(before[name], value) for name, value in state(scaled).items())
+    assert scaled.accelerator.scaler.get_scale() == 512.0
 
 
 def test_a_compiled_step_moves_as_a_plain_one_and_keeps_the_names(monkeypatch):
