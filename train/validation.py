@@ -49,7 +49,7 @@ def validate(
         pairs: the recordings.
         valid: metrics and number of samples.
         accelerator: the processes.
-        stopped: not 0 when this process was asked to stop; asked after every recording.
+        stopped: not 0 when this process was asked to stop; asked before every recording and after the scores.
 
     Returns:
         "loss", a mean for every metric that had one, and "unscored", the number of recordings that a metric could not
@@ -107,4 +107,6 @@ def _share(
     slow = any(name.startswith("pesq") for name in valid.metrics)
     workers = processes.own_cores() if slow else 0
     scores = score_files(scored, valid.metrics, workers, progress=False)
+    if stopped():  # the signal may have reached the scoring processes too
+        return None
     return _Share(losses, scores.rows, scores.failures, samples)

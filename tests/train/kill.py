@@ -43,11 +43,11 @@ def recordings() -> ArrayPairs:
     return ArrayPairs([(f"s{i}", *rng.standard_normal((2, 3200)).astype(np.float32)) for i in range(6)])
 
 
-def train(out: Path, epochs: int, save_minutes: float) -> None:
+def train(out: Path, save_minutes: float, workers: int) -> None:
     """The command that is killed and repeated: everything on that a run can have."""
     torch.set_num_threads(1)
-    data = DataConfig("noise", segment_seconds=0.1, stride_seconds=0.1, tempo_share=0.0, workers=0)
-    optim = OptimConfig(epochs, 2, accumulate=2, clip=1.0, ema=0.9)
+    data = DataConfig("noise", segment_seconds=0.1, stride_seconds=0.1, tempo_share=0.0, workers=workers)
+    optim = OptimConfig(EPOCHS, 2, accumulate=2, clip=1.0, ema=0.9)
     valid = ValidConfig(every=2, metrics=["si_sdr"], select="si_sdr", samples=1)
     config = RunConfig(str(out), ModelConfig(None, MODEL), data, optim, valid, label="run", save_minutes=save_minutes)
     pairs = recordings()
@@ -55,7 +55,7 @@ def train(out: Path, epochs: int, save_minutes: float) -> None:
     Solver(config, Manner(**MODEL), None, segments(pairs, config), pairs, "student").fit()
 
 
-def start(out: Path, epochs: int, save_minutes: float, count: int) -> list[int]:
+def start(out: Path, count: int, save_minutes: float = 15.0, workers: int = 0) -> list[int]:
     """`train` in processes of its own, there in no time since they are copies of this one; their ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ def start(out: Path, epochs: int, save_minutes: float, count: int) -> list[int]:
                 os.environ.update({name: str(value) for name, value in place.items()})
             with open(log, "w") as text, contextlib.redirect_stdout(text):
                 try:
-                    train(out, epochs, save_minutes)
+                    train(out, save_minutes, workers)
                     status = 0
                 except BaseException as error:
                     print(f"{type(error).__name__}: {error}")
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
 def kill(folder: Path, kills: int, count: int, chance: random.Random) -> int:
     """Kill `kills` times, in as many runs as that takes, and say how it went; 1 if a run came out otherwise."""
     begin = time.perf_counter()
-    finished(start(folder / "whole", EPOCHS, 15.0, count))
+    finished(start(folder / "whole", count))
     whole, seconds = outcome(folder / "whole"), time.perf_counter() - begin
     for name, points in whole["curves"].items():
         steps = [step for step, _ in points]
@@ -218,11 +218,12 @@ def kill(folder: Path, kills: int, count: int, chance: random.Random) -> int:
         runs += 1
         out = folder / f"killed{runs}"
         while True:
-            # Often after every step, sometimes only at the end of an epoch.
-            processes = start(out, EPOCHS, chance.choice((0.0, 0.0, seconds / 60 / EPOCHS / 4, 15.0)), count)
+            # Saves often after every step, sometimes only at the end of an epoch; sometimes another process reads.
+            minutes = chance.choice((0.0, 0.0, seconds / 60 / EPOCHS / 4, 15.0))
+            processes = start(out, count, minutes, workers=chance.choice((0, 0, 0, 1)))
             if not left:
                 stopped(processes, chance.randrange(count), out)
-                finished(start(out, EPOCHS, 15.0, count))
+                finished(start(out, count))
                 break
             writing = left % 2 == 1
             delay = chance.uniform(0, seconds / EPOCHS * (1 if writing else 2))
