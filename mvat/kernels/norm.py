@@ -100,4 +100,4 @@ def norm_gradient(dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float
 if native.missing("norm_gradient") is None:
     torch.library.register_fake("mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1])))
     torch.library.register_fake("mvat::norm_gradient", lambda dz, x, *_: x.new_empty(x.shape))
-    torch.library.register_autograd("mvat::norm_gradient", native.no_second_derivative("batch norm"))
+    native.differentiable("norm_gradient", native.no_second_derivative("batch norm"))
