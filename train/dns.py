@@ -1,8 +1,9 @@
 """Prepare speech, noise and room impulse responses for training pairs that are mixed while they are read.
 
 The folders are those of the Deep Noise Suppression (DNS) challenge, which are found by their names, or any others.
-Nothing is copied: the recordings are listed, and a part of the speakers, noises and rooms is held out, from which pairs
-to validate on are mixed once and written. The challenge's synthetic test set, where it is there, becomes the test pairs.
+Nothing is copied: the recordings are listed, and a part of the speakers, noises and rooms is held out, from which
+pairs to validate on are mixed once and written. The challenge's synthetic test set, where it is there, becomes the test
+pairs.
 """
 
 import os
