@@ -55,8 +55,8 @@ class Folders(NamedTuple):
     """Where recordings are.
 
     Attributes:
-        clean, noise, rir: Folders, searched with all their folders. One that holds a folder "train" is split already
-            into "train", "valid" and "test", of which "train" alone must be there.
+        clean, noise, rir: Folders, searched with all their subfolders. One that holds a folder "train" is split
+            already: into "train" and, where they are there, "valid" and "test".
         test: A folder of the folders "clean" and "noisy", or None.
     """
 
@@ -138,10 +138,12 @@ def prepare_dns(
     sets: dict[str, dict[str, list[Recording]]] = {split: {} for split in manifest.SPLITS}
     for number, role in enumerate(ROLES):
         found = _index(role, places[role], skipped, progress)
-        if role != "rir":
-            _need_two(role, places[role], found)
         for split, recordings in _split(found, np.random.default_rng((seed, number))).items():
             sets[split][role] = recordings
+            if role != "rir" and split != "test" and not recordings:
+                raise ManifestError(
+                    f"{places[role][0]}: leaves no {role} recordings for {split}; it takes two files at least"
+                )
     pairs = [] if test is None else _match(test, skipped)
 
     manifest.claim(out, settings)
@@ -245,13 +247,6 @@ def _group(file: Path, root: Path) -> str:
     if reader:
         return reader[0]
     return file.parent.name if file.parent != root else re.sub(r"[_-]\d+$", "", file.stem)
-
-
-def _need_two(role: str, folders: Sequence[Path], found: Mapping[str | None, Mapping[str, Recording]]) -> None:
-    if sum(map(len, found.values())) < 2 or set(found) == {"valid"}:
-        raise ManifestError(
-            f"{folders[0]}: one usable {role} recording, expected two at least, to train and to validate on"
-        )
 
 
 def _split(found: Mapping[str | None, Mapping[str, Recording]], rng: np.random.Generator) -> dict[str, list[Recording]]:

@@ -52,6 +52,7 @@ class Mixture(NamedTuple):
 class Mixer:
     """Draws mixtures from recordings, each recording of a role as likely as any other.
 
+    A recording of speech that is shorter than the mixture is followed by others of its group, brought to its level.
     The clean track is speech as recorded or, with reverberation, the direct sound and the reflections that arrive
     within 50 ms of it; the noisy one has the whole reverberation. The signal-to-noise ratio is that of the speech in
     the noisy track to the noise, over the active parts of each (`active_rms`).
