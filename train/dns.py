@@ -55,8 +55,8 @@ class Folders(NamedTuple):
     """Where recordings are.
 
     Attributes:
-        clean, noise, rir: Folders, searched with all their subfolders. One that holds a folder "train" is split
-            already: into "train" and, where they are there, "valid" and "test".
+        clean, noise, rir: Folders, searched with all their subfolders. One that holds "train" and "valid" or "test" is
+            split already, and only these are searched.
         test: A folder of the folders "clean" and "noisy", or None.
     """
 
@@ -101,8 +101,8 @@ def prepare_dns(
 ) -> Manifest:
     """List the recordings, hold some out, mix pairs to validate on, and write the manifest.
 
-    Files that are silent, too short or cannot be read are left out, counted, and listed in skipped.txt. A finished
-    preparation with the same settings is not done again.
+    Of every recording the header and a quarter of a second are read. Files that are silent, too short or cannot be read
+    are left out, counted, and listed in skipped.txt. A finished preparation with the same settings is not done again.
 
     Args:
         folders: Where the recordings are.
@@ -152,7 +152,8 @@ def prepare_dns(
         splits["test"] = [_entry(*pair, out) for pair in pairs]
     elif sets["test"]["clean"] and sets["test"]["noise"]:
         splits["test"] = _mix(out, "test", sets["test"], minutes["test"], seed, progress)
-    write_text(out / SKIPPED, "".join(f"{line}\n" for line in skipped))
+    # A name that is not UTF-8 can be in any of the lines.
+    write_text(out / SKIPPED, "".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace").decode())
     return manifest.save(out, "dns", splits, recordings=sets["train"])
 
 
@@ -180,7 +181,8 @@ def _index(
     before = len(skipped)
     for folder in folders:
         roots = {split: folder / split for split in manifest.SPLITS if (folder / split).is_dir()}
-        for split, root in (roots if "train" in roots else {None: folder}).items():
+        # "train" alone may be the noise of one.
+        for split, root in (roots if "train" in roots and len(roots) > 1 else {None: folder}).items():
             files = list(_files(root))
             if not files:
                 raise ManifestError(f"{root}: holds no {', '.join(_SUFFIXES)} files")
@@ -216,7 +218,7 @@ def _inspect(role: str, file: str, root: Path) -> Recording | str:
     try:
         file.encode()
     except UnicodeEncodeError:
-        return f"{file!r}: its name is not UTF-8"
+        return f"{file}: its name is not UTF-8"
     try:
         info = audio.info(file)
         seconds = info.frames / info.sample_rate

@@ -174,6 +174,14 @@ def test_ones_own_folders_that_are_split_already(tmp_path):
     assert {r.sample_rate for r in listed["noise"]} == {44100} and len(listed["noise"]) == 2 and not listed["rir"]
 
 
+def test_a_noise_named_train_is_no_split(tmp_path):
+    for kind in ("train", "bus"):
+        for i in range(2):
+            write(tmp_path / kind / f"{i}.wav", np.ones(8000) / 10)
+    found = dns._index("noise", [tmp_path], [], False)
+    assert set(found) == {None} and {recording.group for recording in found[None].values()} == {"train", "bus"}
+
+
 def test_a_test_set_at_another_rate_is_resampled(tmp_path, source):
     for side in ("clean", "noisy"):
         write(tmp_path / "pairs" / side / "a.wav", 0.1 * np.ones(48000), 48000)
