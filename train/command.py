@@ -110,6 +110,10 @@ def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry])
     settings, mix = config.data, config.data.mix
     length = round(settings.segment_seconds * SAMPLE_RATE)
     tempo, share = settings.tempo, settings.tempo_share
+    if settings.stride_seconds <= 0:
+        raise ValueError(f"data.stride_seconds must be positive, got {settings.stride_seconds}")
+    if not 0 < tempo[0] <= tempo[1]:
+        raise ValueError(f"data.tempo must be a positive range, lowest first, got {list(tempo)}")
     if data.recordings is None:
         if mix is not None:
             raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "dns",
         allow_abbrev=False,
         help="speech and noise to mix in training: the DNS challenge's, or one's own",
-        description="Name the challenge's repository, or folders of wav, flac or ogg files, or both: these are taken then.",
+        description="Name the challenge's repository, or folders of wav, flac or ogg files; these win over its own.",
     )
     dns.add_argument("--source", type=Path, metavar="DIR", help="the DNS challenge's repository or data folder")
     dns.add_argument("--clean", type=Path, nargs="+", metavar="DIR", help="clean speech")

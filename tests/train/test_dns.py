@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -47,6 +48,7 @@ def miniature(folder: Path) -> Path:
     write(clean / "book_00001_chp_0002_reader_00005_short.wav", speech[:400])
     (clean / "book_00001_chp_0002_reader_00006_corrupt.wav").write_bytes(b"RIFF, but no more of it")
     (clean / "Readme.md").write_text("not audio")
+    (clean / os.fsdecode(b"latin-\xe9.wav")).write_bytes(b"RIFF")
     for i in range(11):
         write(noise / f"traffic_{i:06d}_0.wav", 0.05 * rng.standard_normal(16000))
     write(noise / "bus_84241_1.ogg", 0.05 * rng.standard_normal(32000))
@@ -121,9 +123,10 @@ def test_the_challenges_folders_are_listed_and_speakers_held_out(source, data, r
         "short.wav: too short",
         "corrupt.wav: no readable",
         "fileid_20.wav: has no",
+        "UTF-8",
     ):
         assert reason in told
-    assert "largeroom1_1.wav: is noise" in told and "5 files left out" in told
+    assert "largeroom1_1.wav: is noise" in told and "6 files left out" in told
 
 
 def test_the_folders_of_every_edition_are_found(tmp_path):
@@ -477,6 +480,8 @@ def test_mixing_belongs_to_data_of_its_kind(tmp_path, data):
         (run(data.path, None), "give data.mix.examples"),
         (run(pairs.path, MixConfig(4)), "has training pairs, nothing to mix; leave data.mix out"),
         (run(data.path, MixConfig(4, snr=(3.0, 1.0))), "data.mix: snr must be a range"),
+        (run(data.path, MixConfig(4), tempo=(1.2, 0.9)), "data.tempo must be a positive range"),
+        (run(data.path, MixConfig(4), stride_seconds=0.0), "data.stride_seconds must be positive"),
         (run(data.path, MixConfig(0)), "data.mix: mixtures need a positive length and number"),
         (run(data.path, MixConfig(4), valid_speakers=["reader_00001"]), "valid_speakers is for pairs"),
     ):
