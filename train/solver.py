@@ -25,6 +25,7 @@ from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint
 from train.config import OptimConfig, RunConfig, differences
 from train.data import EpochSampler, Pairs, Segments
+from train.mixtures import Mixtures
 from train.transfer import Transfer
 
 HISTORY_FORMAT = "mvat-history-1"
@@ -43,7 +44,8 @@ class Solver:
         config: the resolved configuration.
         model: the model to train, freshly initialised.
         teacher: the frozen teacher, or None.
-        train_pairs, valid_pairs: the recordings.
+        examples: what it is trained on: its items are asked for as (epoch, index) and are (clean, noisy) [1, length].
+        valid_pairs: the recordings to validate on.
         kind: "teacher" or "student", for tables.
 
     Raises:
@@ -55,7 +57,7 @@ class Solver:
         config: RunConfig,
         model: Manner,
         teacher: Manner | None,
-        train_pairs: Pairs,
+        examples: Segments | Mixtures,
         valid_pairs: Pairs,
         kind: str,
     ) -> None:
@@ -64,14 +66,7 @@ class Solver:
         self.folder = Path(config.out)
         self._check_configuration(valid_pairs)
         self.accelerator = _accelerator(optim)
-        self.examples = Segments(
-            train_pairs,
-            round(data.segment_seconds * SAMPLE_RATE),
-            round(data.stride_seconds * SAMPLE_RATE),
-            data.tempo,
-            data.tempo_share,
-            config.seed,
-        )
+        self.examples = examples
         self.valid_pairs = valid_pairs
         self.sampler = EpochSampler(len(self.examples), config.seed)
         processes = self.accelerator.num_processes
@@ -156,10 +151,6 @@ class Solver:
             raise RunError(
                 f"data.segment_seconds must be at least {SHORTEST / SAMPLE_RATE:.4f}, got {data.segment_seconds}"
             )
-        if data.stride_seconds <= 0:
-            raise RunError(f"data.stride_seconds must be positive, got {data.stride_seconds}")
-        if not 0 < data.tempo[0] <= data.tempo[1]:
-            raise RunError(f"data.tempo must be a positive range, lowest first, got {list(data.tempo)}")
         if not valid_pairs.names:
             raise RunError(f"{data.path}: there are no recordings to validate on; name data.valid_speakers")
         for name, frames in zip(valid_pairs.names, valid_pairs.frames, strict=True):

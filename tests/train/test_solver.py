@@ -14,7 +14,7 @@ import yaml
 from mvat.models import Manner, count_parameters
 from train import checkpoint, command
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig, ValidConfig, differences
-from train.data import ArrayPairs
+from train.data import ArrayPairs, Segments
 from train.solver import RunError, Solver
 from train.synthetic import make_pair
 from train.transfer import Transfer
@@ -35,9 +35,13 @@ def config(out, epochs=2, **changes) -> RunConfig:
     return RunConfig(str(out), ModelConfig(None, TINY), data, OptimConfig(epochs, 4), valid, **changes)
 
 
+def segments(pairs) -> Segments:
+    return Segments(pairs, 4000, 4000)
+
+
 def solver(out, pairs, epochs=2, teacher=None, **changes) -> Solver:
     torch.manual_seed(0)
-    return Solver(config(out, epochs, **changes), Manner(**TINY), teacher, pairs, pairs, "student")
+    return Solver(config(out, epochs, **changes), Manner(**TINY), teacher, segments(pairs), pairs, "student")
 
 
 def tensors_equal(a, b) -> bool:
@@ -184,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, pairs, monkeypatch):
 def test_a_configuration_that_cannot_work_is_refused_before_anything_is_written(tmp_path, pairs, change, reason):
     wrong = dataclasses.replace(config(tmp_path / "run"), **change)
     with pytest.raises(ValueError, match=reason):
-        Solver(wrong, Manner(**TINY), None, pairs, pairs, "student")
+        Solver(wrong, Manner(**TINY), None, segments(pairs), pairs, "student")
     assert not (tmp_path / "run").exists()
 
 
@@ -214,7 +218,7 @@ import numpy as np
 import torch
 from mvat.models import Manner
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
-from train.data import ArrayPairs
+from train.data import ArrayPairs, Segments
 from train.solver import Solver
 
 rng = np.random.default_rng(0)
@@ -224,7 +228,7 @@ data = DataConfig("generated", segment_seconds=0.25, tempo_share=0.0, workers=0)
 valid = ValidConfig(metrics=[], select="loss")
 config = RunConfig(sys.argv[1], ModelConfig(None, arguments), data, OptimConfig(1, 4), valid)
 torch.manual_seed(0)
-solver = Solver(config, Manner(**arguments), None, pairs, pairs, "student")
+solver = Solver(config, Manner(**arguments), None, Segments(pairs, 4000, 16000), pairs, "student")
 seen = []
 item = type(solver.examples).__getitem__
 type(solver.examples).__getitem__ = lambda self, key: (seen.append(key[1]), item(self, key))[1]
