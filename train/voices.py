@@ -98,7 +98,8 @@ def prepare_voices(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A package that is not in SOURCES, a split without a voice, or a negative amount.
+        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount, or SNRs that are not
+            finite numbers.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
         SourceUnavailable: A package cannot be downloaded or used. Nothing has been written to `out` then.
     """
@@ -109,6 +110,10 @@ def prepare_voices(
     if silent:
         raise ValueError(f"the packages {', '.join(packages)} hold no voice for: {', '.join(sorted(silent))}")
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
+    if not (len(train_snrs) and len(test_snrs) and np.isfinite([*train_snrs, *test_snrs]).all()):
+        raise ValueError(
+            f"signal-to-noise ratios must be finite, at least one, not {list(train_snrs)}, {list(test_snrs)}"
+        )
     snrs = {"train": list(train_snrs), "valid": list(train_snrs), "test": list(test_snrs)}
     settings = {"source": "voices", "packages": packages, "minutes": minutes, "snrs": snrs, "seed": seed}
     done = manifest.check_folder(out, settings)
