@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["demo"],
         metavar="NAME",
-        help="demo (one voice a split, 43 MB; the default), full (many voices and noises, 700 MB), or package names",
+        help="demo (one voice a split, 43 MB; the default), full (many voices and noises, 670 MB), or package names",
     )
     voices.add_argument(
         "--train-snrs",

@@ -80,7 +80,7 @@ class Source:
 # June Wallack's recordings have the lowest background noise beside Allison Smith's, hence the test set. The same
 # artist, and the same kind of recording (fires, rains), is never in two splits. A voice must be clean and wide-band:
 # about 35 dB and more between speech and background, energy above 4 kHz, no clipping. This leaves out
-# fillets-ng-data-nl (clipped, little above 4 kHz), asterisk-prompt-es-co and -fr-armelle (8 kHz).
+# fillets-ng-data-cs (28 dB), fillets-ng-data-nl (clipped), asterisk-prompt-es-co and -fr-armelle (8 kHz).
 SOURCES = {
     "asterisk-core-sounds-en-g722": Source(
         "CC-BY-SA-3.0",
@@ -166,11 +166,6 @@ SOURCES = {
         "Nickolay V. Shmyrev",
         (Voice("nsh", "train", ("wav/*.wav",)),),
     ),
-    "fillets-ng-data-cs": Source(
-        "GPL-2",
-        "ALTAR interactive, Ivo Danihelka, Pavel Danihelka and others",
-        (Voice("fish-small", "train", ("cs/*-m-*.ogg",)), Voice("fish-large", "train", ("cs/*-v-*.ogg",))),
-    ),
     "gcin-voice": Source(
         "CC-BY-3.0 (5.ogg)", "ChionMeilin with the vocal source from Chu Lo", (Voice("chulo", "train", ("5.ogg",)),)
     ),
@@ -255,7 +250,7 @@ DEMO_PACKAGES = (
 """One voice a split, music, water and fire: 43 MB."""
 
 FULL_PACKAGES = tuple(SOURCES)
-"""Twelve training voices and some twenty kinds of recorded noise: 700 MB."""
+"""Ten training voices and some twenty kinds of recorded noise: 670 MB."""
 
 PACKAGE_SETS = {"demo": DEMO_PACKAGES, "full": FULL_PACKAGES}
 """What can be named in place of packages."""

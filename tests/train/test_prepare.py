@@ -283,7 +283,7 @@ def test_no_speaker_and_no_recording_in_two_splits():
         for spoken in source.voices:
             places.setdefault(spoken.speaker, set()).add(spoken.split)
     assert places.pop("june") == {"test"} and places.pop("carlo") == {"valid"}
-    assert len(places) == 12 and all(place == {"train"} for place in places.values())
+    assert len(places) == 10 and all(place == {"train"} for place in places.values())
     files = [pattern for source in SOURCES.values() for noise in source.noises for pattern in noise.files]
     assert len(set(files)) == len(files)
     assert {split for source in SOURCES.values() for noise in source.noises for split in [noise.split]} == set(
@@ -389,7 +389,7 @@ def test_speech_pieces():
         assert speech_pieces(silence.astype(np.float32)) == []
 
 
-MORE_PACKAGES = ("fillets-ng-data-cs", "bucklespring-data")
+MORE_PACKAGES = ("gcin-voice", "bucklespring-data")
 
 
 def g722(path: Path, samples: np.ndarray) -> None:
@@ -412,11 +412,11 @@ def packages(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for number, name in enumerate([*voices.DEMO_PACKAGES, *MORE_PACKAGES]):
         root = tmp_path_factory.mktemp("package")
-        if name == "fillets-ng-data-cs":
-            for index, fish in enumerate("mvmvmvx"):
-                file = root / f"usr/share/games/fillets-ng/sound/start/cs/start-{fish}-{index}.ogg"
+        if name == "gcin-voice":
+            for index in range(4):
+                file = root / f"usr/share/gcin-voice/ogg/{index}/5.ogg"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(file, make_speech(rng, 2, voice(number + "mvx".index(fish))), 16000)
+                soundfile.write(file, make_speech(rng, 2, voice(number)), 16000)
         elif name == "bucklespring-data":
             for index in range(5):
                 file = root / f"usr/share/buckle/wav/{index:02d}-0.wav"
@@ -486,7 +486,7 @@ def test_voices_of_several_speakers_and_short_sounds(tmp_path, packages, capsys)
     ]
     assert main(command) == 0
     data = manifest.load(tmp_path)
-    assert {entry.speaker for entry in data.train} == {"allison", "fish-small", "fish-large"}
+    assert {entry.speaker for entry in data.train} == {"allison", "chulo"}
     assert {entry.snr for entry in data.train} == {7.0, 9.5}
     keyboard = [entry for entry in data.train if entry.noise == "keyboard"]
     assert keyboard
@@ -495,6 +495,6 @@ def test_voices_of_several_speakers_and_short_sounds(tmp_path, packages, capsys)
         blocks = noise[: len(noise) // 1600 * 1600].reshape(-1, 1600)
         assert blocks.std(1).min() > 0 and not np.array_equal(blocks[0], blocks[1])
     licences = (tmp_path / "LICENSES.md").read_text()
-    assert "voice of train (fish-small), voice of train (fish-large), babble" in licences
+    assert "voice of train (chulo), babble" in licences
     capsys.readouterr()
     assert main([*command[:-2], "nan"]) == 2 and "signal-to-noise" in capsys.readouterr().err
