@@ -27,6 +27,7 @@ __all__ = [
     "minutes_by_split",
     "mix",
     "reverberate",
+    "row",
     "speech_shaped",
     "write_pairs",
 ]
@@ -148,12 +149,16 @@ def babble(rng: np.random.Generator, frames: int, voices: Sequence[np.ndarray], 
     """
     total = np.zeros(frames, np.float32)
     for _ in range(talkers):
-        row: list[np.ndarray] = []
-        # One utterance more than needed, so that the start can be anywhere.
-        while sum(map(len, row)) < frames + max(map(len, row), default=1):
-            row.append(voices[int(rng.integers(len(voices)))])
-        total += level(excerpt(rng, np.concatenate(row), frames))
+        total += level(excerpt(rng, row(rng, voices, frames), frames))
     return total
+
+
+def row(rng: np.random.Generator, recordings: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """Randomly chosen recordings one after the other, one more than `frames` needs: an excerpt can start anywhere."""
+    chosen: list[np.ndarray] = []
+    while sum(map(len, chosen)) < frames + max(map(len, chosen), default=1):
+        chosen.append(recordings[int(rng.integers(len(recordings)))])
+    return np.concatenate(chosen)
 
 
 def excerpt(rng: np.random.Generator, recording: np.ndarray, frames: int) -> np.ndarray:

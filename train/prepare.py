@@ -11,9 +11,10 @@ from typing import Any
 
 from train.dns import SKIPPED, Folders, find_folders, prepare_dns
 from train.manifest import summary
+from train.mixing import TRAIN_SNRS
 from train.synthetic import prepare_synthetic
 from train.voicebank import EXPECTED_SCORES, noisy_scores, prepare_voicebank
-from train.voices import DEMO_PACKAGES, SOURCES, SourceUnavailable, default_cache, prepare_voices
+from train.voices import PACKAGE_SETS, SOURCES, SourceUnavailable, default_cache, prepare_voices
 
 __all__ = ["main"]
 
@@ -51,7 +52,19 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Packages to choose from: {', '.join(SOURCES)}.",
     )
     voices.add_argument(
-        "--packages", nargs="+", default=list(DEMO_PACKAGES), metavar="NAME", help="default: %(default)s (43 MB)"
+        "--packages",
+        nargs="+",
+        default=["demo"],
+        metavar="NAME",
+        help="demo (one voice a split, 43 MB; the default), full (many voices and noises, 670 MB), or package names",
+    )
+    voices.add_argument(
+        "--train-snrs",
+        type=float,
+        nargs="+",
+        default=list(TRAIN_SNRS),
+        metavar="DB",
+        help="signal-to-noise ratios of training and validation pairs in dB (%(default)s)",
     )
     voices.add_argument("--cache", type=Path, default=default_cache(), help="folder for downloads (%(default)s)")
     voices.set_defaults(run=_voices)
@@ -96,7 +109,14 @@ def _voicebank(arguments: argparse.Namespace) -> int:
 
 
 def _voices(arguments: argparse.Namespace) -> int:
-    data = prepare_voices(arguments.out, packages=arguments.packages, cache=arguments.cache, **_amount(arguments))
+    packages = [package for name in arguments.packages for package in PACKAGE_SETS.get(name, (name,))]
+    data = prepare_voices(
+        arguments.out,
+        packages=packages,
+        cache=arguments.cache,
+        train_snrs=arguments.train_snrs,
+        **_amount(arguments),
+    )
     print(summary(data))
     return 0
 
