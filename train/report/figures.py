@@ -69,10 +69,11 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One small chart: its title, and (name, x, y) of each line; a single line needs no name."""
+    """One small chart of a single line."""
 
     title: str
-    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    x: Sequence[float]
+    y: Sequence[float]
 
 
 def curves(title: str, lines: Sequence[Curve]) -> str:
@@ -114,12 +115,8 @@ def progress(label: str, panels: Sequence[Panel], x_label: str, style: str) -> s
                 axes.set_visible(False)
                 continue
             panel = panels[place]
-            for number, (name, x, y) in enumerate(panel.lines):
-                marker = "o" if len(x) == 1 else None
-                dashes = _DASHES[number % len(_DASHES)]
-                axes.plot(x, y, color=_COLOUR[style], linestyle=dashes, marker=marker, markersize=4, label=name)
-            if len(panel.lines) > 1:
-                axes.legend(frameon=False, fontsize=8, loc="upper right", handlelength=2.2, labelspacing=0.2)
+            marker = "o" if len(panel.x) == 1 else None
+            axes.plot(panel.x, panel.y, color=_COLOUR[style], marker=marker, markersize=4)
             axes.set_title(panel.title)
             axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axes.xaxis.set_major_formatter(_thousands)

@@ -8,9 +8,7 @@ from mvat import __version__
 from mvat.files import write_text
 from train.report import pieces, samples, scores, training
 from train.report.runs import System, collect
-from train.report.words import comparisons, find_baseline, lead, verdict
-
-_MOST_VERDICTS = 3
+from train.report.words import MOST_COMPARISONS, comparisons, find_baseline, lead, verdict
 
 
 def report(*folders: Path, baseline: str | None = None, out: Path | None = None, progress: bool = True) -> Path:
@@ -64,7 +62,11 @@ def page(title: str, systems: Sequence[System], baseline: System | None, progres
 
 def _header(title: str, systems: Sequence[System]) -> str:
     pairs = list(comparisons(systems))
-    verdicts = "".join(f"<p>{escape(verdict(*pair))}</p>" for pair in pairs[:_MOST_VERDICTS])
+    named = len(pairs) > 1
+    verdicts = "".join(
+        f"<p>{escape(f'“{mvat.label}”: ' if named else '')}{escape(verdict(alone, mvat))}</p>"
+        for alone, mvat in (pairs if len(pairs) <= MOST_COMPARISONS else ())
+    )
     scored = [run.scores for system in systems for run in system.runs if run.scores]
     sets = sorted({(scores["set"], scores["data"]) for scores in scored})
     facts = ""

@@ -126,8 +126,11 @@ def collect(*folders: Path) -> list[System]:
             raise ValueError(f"{folder}: holds no run (a folder with config.yaml, history.json or scores.json)")
         runs |= {run.folder.resolve(): run for run in found}
 
-    def place(run: Run) -> tuple[int, int, str, int, str]:
-        return KINDS.index(run.kind), METHODS.index(run.method), run.label, run.seed or 0, run.folder.name
+    order = list(dict.fromkeys(map(_experiment, runs.values())))
+
+    def place(run: Run) -> tuple[Any, ...]:
+        kind, method = KINDS.index(run.kind), METHODS.index(run.method)
+        return kind, order.index(_experiment(run)), method, _natural(run.label), run.seed or 0, run.folder.name
 
     systems: dict[tuple[Any, ...], System] = {}
     for run in sorted(runs.values(), key=place):
@@ -141,6 +144,12 @@ def collect(*folders: Path) -> list[System]:
     _name(named)
     _colour(named)
     return named
+
+
+def _natural(text: str) -> list[tuple[float, str]]:
+    """A key by which "hidden 8" comes before "hidden 12"."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", text)
+    return [(float(part), "") if place % 2 else (-1.0, part) for place, part in enumerate(parts)]
 
 
 def _experiment(run: Run) -> Path:

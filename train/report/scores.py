@@ -5,10 +5,9 @@ from html import escape
 
 from train.report import figures, pieces
 from train.report.runs import SHOWN, Run, System
-from train.report.words import Difference, comparisons, difference, find
+from train.report.words import MOST_COMPARISONS, Difference, comparisons, difference, find
 
 _PAIRED = ("pesq_wb", "estoi", "si_sdr", "covl")  # drawn recording by recording
-_MOST_PAIRS = 3  # of systems that are compared in words and pictures; the table has all
 
 
 def shown_metrics(systems: Sequence[System]) -> list[str]:
@@ -109,8 +108,8 @@ def differences(systems: Sequence[System], baseline: System | None) -> str:
     return pieces.section(
         title,
         pieces.note(
-            "Mean difference over the recordings that both have scored, and below it the 95 % confidence interval of "
-            "that mean (paired, Student's t, recordings taken as independent; several seeds: their mean for each "
+            "Mean difference over the recordings that both have scored, and half the width of its 95 % confidence "
+            "interval (paired, Student's t, recordings taken as independent; several seeds: their mean for each "
             "recording). Bold: better, and the interval does not reach 0."
         ),
         pieces.table(("System", "Recordings", *map(pieces.heading, metrics)), rows, "scores"),
@@ -121,18 +120,19 @@ def differences(systems: Sequence[System], baseline: System | None) -> str:
 def _difference(found: Difference | None, digits: int) -> str:
     if found is None:
         return "–"
-    text = f"{found.mean:+.{digits}f}"
+    rounded = round(found.mean, digits)
+    text = f"{rounded:+.{digits}f}" if rounded else f"{0:.{digits}f}"
     if found.half is None:
         return text
-    low, high = found.mean - found.half, found.mean + found.half
-    text = f"<b>{text}</b>" if low > 0 else text
-    return f"{text}<small>{low:+.{digits}f} … {high:+.{digits}f}</small>"
+    text = f"<b>{text}</b>" if found.mean > found.half else text
+    return f"{text}<small>± {found.half:.{digits}f}</small>"
 
 
 def pairs(systems: Sequence[System]) -> str:
     """Students taught by MV-AT against the same students alone, a point a recording."""
     drawn = []
-    for alone, mvat in list(comparisons(systems))[:_MOST_PAIRS]:
+    compared = list(comparisons(systems))
+    for alone, mvat in compared if len(compared) <= MOST_COMPARISONS else ():
         for metric in _PAIRED:
             a, b = alone.rows(metric), mvat.rows(metric)
             names = [recording for recording in a if recording in b]

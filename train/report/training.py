@@ -17,6 +17,7 @@ _TITLES = {
     "lr": "Learning rate",
     "audio_seconds_per_second": "Seconds of audio a second",
     "peak_memory_gb": "Peak memory, GB",
+    "grad_norm": "Gradient norm",
 }
 _NOT_DRAWN = ("seconds",)  # of an epoch: audio a second says the same
 
@@ -52,16 +53,8 @@ def progress(systems: Sequence[System]) -> str:
 
 
 def _one(system: System, run: Run, unfolded: bool) -> str:
-    panels = []
-    losses = [name for name in _quantities([run]) if name.startswith("train ")]
-    if losses:
-        lines = [(name.removeprefix("train "), *_over_steps(run, name)) for name in losses]
-        panels.append(Panel("Training loss" if len(losses) == 1 else "Training loss and its parts", lines))
-    panels += [
-        Panel(_title(name), [("", *_over_steps(run, name))])
-        for name in _quantities([run])
-        if name not in losses and any(run.series[name][1])
-    ]
+    drawn = [name for name in _quantities([run]) if any(run.series[name][1])]
+    panels = [Panel(_title(name), *_over_steps(run, name)) for name in drawn]
     name = system.label if len(system.runs) == 1 else f"{system.label}, {run.folder.name}"
     key = f'<span class="key {system.style}"></span>'
     where = "steps" if run.steps else "epochs"
@@ -73,8 +66,10 @@ def _one(system: System, run: Run, unfolded: bool) -> str:
 
 
 def _quantities(runs: Sequence[Run]) -> list[str]:
-    """Names of what was recorded, the known ones first and in order."""
+    """Names of what was recorded, the known ones first and in order; of a loss with one part, the loss alone."""
     there = dict.fromkeys(name for run in runs for name in run.series if name not in _NOT_DRAWN)
+    if all(run.series.get("train enhancement") == run.series.get("train total") for run in runs):
+        there.pop("train enhancement", None)
     return [name for name in _TITLES if name in there] + [name for name in there if name not in _TITLES]
 
 
@@ -109,6 +104,10 @@ def _summary(run: Run) -> str:
     speed = run.series.get("audio_seconds_per_second", ([], []))[1]
     if speed:
         parts.append(f"{sorted(speed)[len(speed) // 2]:.0f} s of audio a second")
+    memory = max(run.series.get("peak_memory_gb", ([], [0.0]))[1])
+    if memory:
+        parts.append(f"{memory:.1f} GB")
+    parts += [f"{_title(name).lower()}: {sum(run.series[name][1]):.0f}" for name in run.series if "skipped" in name]
     return ", ".join(parts)
 
 

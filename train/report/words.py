@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from train.report.runs import SHOWN, System
 
+MOST_COMPARISONS = 3  # in words and pictures; of more, the table of differences must do
 _MOST_NAMED = 4  # students in one sentence
 
 
