@@ -7,7 +7,7 @@ from train.report import figures, pieces
 from train.report.runs import SHOWN, Run, System
 from train.report.words import MOST_COMPARISONS, Difference, comparisons, difference, find
 
-_PAIRED = ("pesq_wb", "estoi", "si_sdr", "covl")  # drawn recording by recording
+_PAIRED = ("pesq_wb", "estoi", "si_sdr")  # drawn recording by recording
 
 
 def shown_metrics(systems: Sequence[System]) -> list[str]:
