@@ -23,7 +23,7 @@ from mvat import audio
 from mvat.metrics import ALL, METRICS, Failure, Scores, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import manifest
-from train.processes import Processes
+from train.shares import Group
 
 SCORES_FORMAT = "mvat-scores-1"
 HISTORY_FORMAT = "mvat-history-1"
@@ -81,7 +81,7 @@ def evaluate(
 
     Returns:
         The scores. A recording that could not be read, enhanced or scored is among their failures. Of several processes
-        (see `train.processes`) each does its share, the main one writes, and all return the scores of the whole set.
+        (see `train.shares`) each does its share, the main one writes, and all return the scores of the whole set.
 
     Raises:
         ValueError: The manifest, checkpoint or history cannot be used, or the set is empty.
@@ -89,23 +89,23 @@ def evaluate(
         RuntimeError: Another process failed.
     """
     out = Path(out)
-    processes = Processes.here()
+    group = Group.here()
     if workers is None:
-        workers = max(1, (os.cpu_count() or 1) // processes.on_this_machine())
+        workers = max(1, (os.cpu_count() or 1) // group.on_this_machine())
 
     def share() -> _Share:
         data_set = manifest.load(data)
         entries = data_set.split(subset)
         if not entries:
             raise ValueError(f"{data_set.path}: the {subset} set is empty")
-        own = entries[processes.rank :: processes.size]
+        own = entries[group.rank :: group.size]
         failures: list[Failure] = []
         estimates = {entry.name: entry.noisy for entry in own}
         description = _description(label="noisy", kind="noisy")
         if checkpoint is None:
             out.mkdir(parents=True, exist_ok=True)
         else:
-            model = Manner.from_pretrained(Path(checkpoint)).to(device or processes.device())
+            model = Manner.from_pretrained(Path(checkpoint)).to(device or group.device())
             description = describe(Path(checkpoint), model, out.name)
             estimates, failures = enhance_set(model, own, out / f"enhanced{_suffix(subset)}", shown)
         pairs = [(entry.name, entry.clean, estimates[entry.name]) for entry in own if entry.name in estimates]
@@ -113,8 +113,8 @@ def evaluate(
         header = {"format": SCORES_FORMAT, **description, "set": subset, "data": str(data_set.path.resolve())}
         return _Share(header, [entry.name for entry in entries], scored, failures + scored.failures)
 
-    shown = progress and processes.main
-    shares = processes.gather(share)
+    shown = progress and group.main
+    shares = group.gather(share)
     header, names = shares[0].header, shares[0].names
     rows = {name: row for part in shares for name, row in part.scored.rows.items()}
     order = {name: place for place, name in enumerate(names)}
@@ -124,7 +124,7 @@ def evaluate(
         {name: rows.get(name, dict.fromkeys(measured)) for name in names},
         sorted((f for part in shares for f in part.failures), key=lambda failure: order[failure.name]),
     )
-    if processes.main:
+    if group.main:
         scores.to_json(out / f"scores{_suffix(subset)}.json", header)
         scores.to_csv(out / f"scores{_suffix(subset)}.csv")
     return scores
@@ -246,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="scoring processes (default: one a CPU, shared by torchrun's)")
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
-    main_process = Processes.here().main
+    main_process = Group.here().main
     try:
         scores = evaluate(
             options.data,

@@ -18,8 +18,20 @@ listed with its reason; it never enters a mean.
 """
 
 from mvat.metrics.composite import segsnr
-from mvat.metrics.measures import METRICS, score, si_sdr
+from mvat.metrics.measures import METRICS, PESQ_METRICS, score, si_sdr
 from mvat.metrics.pool import Signal, score_files
 from mvat.metrics.scores import ALL, Failure, ScoreError, Scores
 
-__all__ = ["ALL", "METRICS", "Failure", "ScoreError", "Scores", "Signal", "score", "score_files", "segsnr", "si_sdr"]
+__all__ = [
+    "ALL",
+    "METRICS",
+    "PESQ_METRICS",
+    "Failure",
+    "ScoreError",
+    "Scores",
+    "Signal",
+    "score",
+    "score_files",
+    "segsnr",
+    "si_sdr",
+]

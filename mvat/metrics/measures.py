@@ -99,10 +99,9 @@ _MEASURES: dict[str, Callable[[Pair], float]] = {
     "covl": lambda pair: composite.covl(pair.pesq_wb, pair.distances),
 }
 METRICS = tuple(_MEASURES)
-_PACKAGE = {
-    **dict.fromkeys(("pesq_wb", "pesq_nb", "csig", "cbak", "covl"), "pesq"),
-    **dict.fromkeys(("stoi", "estoi"), "pystoi"),
-}
+#: Those that run PESQ, which is slow, and whose C code can take the process down with it.
+PESQ_METRICS = ("pesq_wb", "pesq_nb", "csig", "cbak", "covl")
+_PACKAGE = dict.fromkeys(PESQ_METRICS, "pesq") | dict.fromkeys(("stoi", "estoi"), "pystoi")
 
 
 def score(clean: np.ndarray, estimate: np.ndarray, metrics: Sequence[str] = METRICS) -> dict[str, float]:

@@ -16,6 +16,7 @@ from train.report import report
 from train.report.__main__ import main
 from train.report.figures import decibels
 from train.report.runs import SHOWN, collect
+from train.report.samples import shown_systems
 from train.report.words import comparisons, difference, find_baseline, lead, verdict
 from train.synthetic import make_pair
 
@@ -262,6 +263,8 @@ def test_several_experiments_on_one_page(tmp_path):
     assert text.count("<details><summary><span") == 12  # how each training went, folded
     css = text[: text.index("</style>")]
     assert all(f"--{style}:" in css and f".{style} " in css for style in styles)
+    shown, rest = shown_systems(systems, systems[1])
+    assert [system.label for system in shown] == ["a 5", "a 7", "b 5", "b 7"] and "12 systems, 4 are shown" in rest
     # A run by itself, beside an experiment that holds it.
     assert len(collect(folders[0], folders[0] / "run1", folders[1] / "run1")) == 8
     assert main([str(folders[0]), "--baseline", "nobody"]) == 2
@@ -301,7 +304,13 @@ def test_how_training_went_shows_whatever_was_recorded(tmp_path):
     path = tmp_path / "student" / "history.json"
     record = json.loads(path.read_text())
     for row in record["epochs"]:
-        row |= {"skipped_steps": row["epoch"] % 2, "data_wait_share": 0.1, "grad_norm": float("nan"), "note": "text"}
+        row |= {
+            "skipped": row["epoch"] % 2,
+            "waiting": 0.1,
+            "gradient_norm": float("nan"),
+            "new_one": 1,
+            "note": "text",
+        }
         row["peak_memory_gb"] = 6.25
         row["train"]["enhancement"] = 0.5
     del record["epochs"][1]["valid"], record["epochs"][2]["lr"]
@@ -318,7 +327,15 @@ def test_how_training_went_shows_whatever_was_recorded(tmp_path):
         "Validation SI-SDR, dB",
         "Learning rate",
     )
-    for title in (*titles, "Seconds of audio a second", "Peak memory, GB", "Skipped steps", "Data wait share", "steps"):
+    for title in (
+        *titles,
+        "Seconds of audio a second",
+        "Peak memory, GB",
+        "Skipped steps",
+        "Share of time waiting for data",
+        "New one",
+        "steps",
+    ):
         assert f">{title}</text>" in part
     assert "Gradient norm" not in part and "note" not in part
 

@@ -66,7 +66,7 @@ class Run:
         return len({failure["name"] for failure in self.scores["failed"]}) if self.scores else None
 
 
-@dataclass
+@dataclass(eq=False)
 class System:
     """The runs that differ in nothing but the seed, what they are called and the name of their colour."""
 

@@ -36,7 +36,7 @@ def samples(systems: Sequence[System], progress: bool) -> str:
     chosen, reason = _choose(systems, best)
     if not chosen:
         return pieces.section("Listen and look", pieces.missing(reason))
-    shown, left_out = _shown(systems, best)
+    shown, left_out = shown_systems(systems, best)
     models, notes = attention.models(shown)
     blocks, maps = [], []
     for sample in tqdm(chosen, desc="report", unit="recording", disable=None if progress else True):
@@ -68,7 +68,7 @@ def _quality(system: System) -> float:
     return -np.inf if mean is None else mean
 
 
-def _shown(systems: Sequence[System], best: System) -> tuple[list[System], str]:
+def shown_systems(systems: Sequence[System], best: System) -> tuple[list[System], str]:
     """What is shown beside the noisy input, in order: a teacher and the best students; and a sentence on the rest."""
     same_set = [s for s in systems if s.first.kind != "noisy" and s.scored_on <= best.scored_on]
     teachers = [s for s in same_set if s.first.kind == "teacher"]
@@ -76,7 +76,7 @@ def _shown(systems: Sequence[System], best: System) -> tuple[list[System], str]:
     chosen = teachers[: 1 if students else MOST] + students[: MOST - 1]
     shown = [s for s in same_set if s in chosen]
     every = sum(s.first.kind != "noisy" for s in systems)
-    more = f" Of {every} systems, {len(shown)} are shown, those of the highest SI-SDR." if len(shown) < every else ""
+    more = f" Of {every} systems, {len(shown)} are shown, the best in SI-SDR on this set." if len(shown) < every else ""
     return shown, more
 
 

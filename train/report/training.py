@@ -17,7 +17,10 @@ _TITLES = {
     "lr": "Learning rate",
     "audio_seconds_per_second": "Seconds of audio a second",
     "peak_memory_gb": "Peak memory, GB",
-    "grad_norm": "Gradient norm",
+    "gradient_norm": "Gradient norm",
+    "waiting": "Share of time waiting for data",
+    "skipped": "Skipped steps",
+    "unreadable": "Unreadable examples",
 }
 _NOT_DRAWN = ("seconds",)  # of an epoch: audio a second says the same
 
@@ -107,7 +110,11 @@ def _summary(run: Run) -> str:
     memory = max(run.series.get("peak_memory_gb", ([], [0.0]))[1])
     if memory:
         parts.append(f"{memory:.1f} GB")
-    parts += [f"{_title(name).lower()}: {sum(run.series[name][1]):.0f}" for name in run.series if "skipped" in name]
+    parts += [
+        f"{_title(name).lower()}: {sum(run.series[name][1]):.0f}"
+        for name in ("skipped", "unreadable")
+        if name in run.series
+    ]
     return ", ".join(parts)
 
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class Processes(NamedTuple):
+class Group(NamedTuple):
     """This process's place among those that torchrun started; (0, 1) where it started none."""
 
     rank: int
     size: int
 
     @classmethod
-    def here(cls) -> "Processes":
+    def here(cls) -> "Group":
         """Reads what torchrun set."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -48,8 +48,8 @@ class Processes(NamedTuple):
             What each of them has, in the order of their ranks, in every process.
 
         Raises:
-            RuntimeError: The work failed in another process; names it and the reason. What it raises here goes through,
-                once the others know.
+            RuntimeError: The work failed in another process, with its reason, or another process died. What the work
+                raises here goes through, once the others know.
         """
         if self.size == 1:
             return [work()]
@@ -64,7 +64,10 @@ class Processes(NamedTuple):
         except Exception as error:
             own, mine = error, (None, str(error) or type(error).__name__)
         every: list[tuple[T, str | None]] = [None] * self.size  # type: ignore[list-item]
-        dist.all_gather_object(every, mine)
+        try:
+            dist.all_gather_object(every, mine)
+        except RuntimeError as error:
+            raise RuntimeError(f"one of the {self.size} processes ended before its work was done") from error
         if own is not None:
             raise own
         for rank, (_, failed) in enumerate(every):
