@@ -26,10 +26,12 @@ _NOT_DRAWN = ("seconds",)  # of an epoch: audio a second says the same
 
 
 def curves(systems: Sequence[System]) -> str:
-    """Every quantity that some history.json holds, over the epochs, all runs together."""
+    """Every quantity that some history.json holds, over the epochs, all runs together where there are several."""
     trained = [system for system in systems if any(run.series for run in system.runs)]
     if not trained:
         return pieces.section("Training", pieces.missing("No run has a history.json."))
+    if sum(bool(run.series) for system in trained for run in system.runs) == 1:
+        return ""
     drawn = []
     for name in _quantities([run for system in trained for run in system.runs]):
         lines = [
