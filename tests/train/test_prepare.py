@@ -194,7 +194,7 @@ def test_voicebank_nan_leaves_no_manifest(tmp_path):
 def test_noisy_scores(tmp_path):
     data = prepare(corpus(tmp_path / "vbd", 16000), tmp_path / "data")
     scores = noisy_scores(data, progress=False)
-    assert list(scores) == ["pesq_wb", "stoi"] and 1 <= scores["pesq_wb"] < 4.65
+    assert list(scores) == ["pesq_wb", "stoi", "csig", "cbak", "covl", "segsnr"] and 1 <= scores["pesq_wb"] < 4.65
 
 
 def test_command_line(tmp_path, capfd):
