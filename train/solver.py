@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mvat.audio import SAMPLE_RATE
 from mvat.files import write_text
 from mvat.losses import SHORTEST, weighted_mrstft_loss
-from mvat.metrics import METRICS, score_files
+from mvat.metrics import METRICS, PESQ_METRICS, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint
 from train.config import OptimConfig, RunConfig, differences
@@ -235,7 +235,7 @@ class Solver:
         result = {"loss": float(np.mean(losses))}
         if self.config.valid.metrics:
             # PESQ is slow and can crash, so it has processes of its own, which cost more than they save for the others.
-            workers = None if any(name.startswith("pesq") for name in self.config.valid.metrics) else 0
+            workers = None if set(PESQ_METRICS) & set(self.config.valid.metrics) else 0
             scores = score_files(scored, self.config.valid.metrics, workers, progress=False)
             result |= {name: value for name, value in scores.mean().items() if value is not None}
             if scores.failures:
