@@ -43,7 +43,7 @@ from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter, check_segment_len
 from mvat.kernels.chunks import chunk, overlap_add
 from mvat.kernels.depthwise import depthwise_reference
-from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
+from mvat.kernels.norm import Norm, batch_norm_reference, check_norm, shared_group
 
 
 def local_attention_reference(
@@ -112,8 +112,10 @@ def local_attention(
             raise ValueError(f"{op}: {name} must have an odd kernel, got shape {list(weight.shape)}")
     check_norm(op, "norm1", norm1, n, x)
     check_norm(op, "norm2", norm2, 1, x)
-    if use_fused(op, x):
-        return _fused(x, depthwise_weight, Norm(*norm1), conv_weight, Norm(*norm2), segment_len, training)
+    norm1, norm2 = Norm(*norm1), Norm(*norm2)
+    group = shared_group(op, training, norm1, norm2)
+    if use_fused(op, x, None if group is None else "statistics shared by several processes are not written there"):
+        return _fused(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, training)
     return local_attention_reference(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, training)
 
 

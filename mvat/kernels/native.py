@@ -113,6 +113,10 @@ def no_second_derivative(operator: str) -> Function:
     return backward
 
 
+#: The gradient of every complete operator: its setup_context and its backward.
+formulas: dict[str, tuple[Function, Function]] = {}
+
+
 def complete(
     operator: str, fake: Function, fake_backward: Function, setup_context: Function, backward: Function
 ) -> None:
@@ -123,6 +127,7 @@ def complete(
     if missing(operator) is not None:
         return
 
+    formulas[operator] = setup_context, backward
     torch.library.register_fake(f"mvat::{operator}", fake)
     torch.library.register_fake(f"mvat::{operator}_backward", fake_backward)
     torch.library.register_autograd(f"mvat::{operator}", backward, setup_context=setup_context)

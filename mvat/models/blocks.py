@@ -19,6 +19,7 @@ from mvat.kernels.norm_act_conv import activation_index
 from mvat.models.folded import conv_norm, folded, ready, stacked
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
+BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
 
 
 class Views(NamedTuple):
@@ -36,7 +37,7 @@ class Raw(NamedTuple):
     statistics: Tensor | None
 
 
-def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, activation: str = "identity") -> Raw:
+def conv_stage(x: Tensor | Raw, conv: Conv, bn: BatchNorm | None = None, activation: str = "identity") -> Raw:
     """conv(activation(bn(x))) with the modules' parameters: one stage of a chain, its output not normalised yet."""
     x = x if isinstance(x, Raw) else Raw(x, None)
     y = norm_act_conv(
@@ -56,7 +57,7 @@ def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, ac
     return Raw(*y) if conv.training else Raw(y, None)
 
 
-def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
+def chain_end(x: Raw, bn: BatchNorm, activation: str = "identity") -> Tensor:
     """activation(bn(x)): the end of a chain."""
     return norm_act(x.features, Norm.of(bn), activation, training=bn.training, statistics=x.statistics)
 
@@ -64,7 +65,7 @@ def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tenso
 def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     """A chain of one stage: convolution, batch norm where there is one, ReLU where there is one."""
     conv, *rest = stage
-    bn = rest[0] if rest and isinstance(rest[0], nn.BatchNorm1d) else None
+    bn = rest[0] if rest and isinstance(rest[0], BatchNorm) else None
     activation = "relu" if rest and isinstance(rest[-1], nn.ReLU) else "identity"
     weights = folded(stage, x, lambda stage: _fold_stage(conv, bn))
     if weights is not None:
@@ -76,7 +77,7 @@ def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     return y.features
 
 
-def _fold_stage(conv: Conv, bn: nn.BatchNorm1d | None) -> list[Tensor]:
+def _fold_stage(conv: Conv, bn: BatchNorm | None) -> list[Tensor]:
     weight, bias = conv_norm(conv, bn)
     return ready(weight.permute(2, 0, 1), bias)
 
