@@ -101,9 +101,9 @@ Kernels<T> kernels() {
 struct Sizes {
   int64_t batch, channels, length, half, chunks, taps, mask_taps;
 
-  Sizes(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment)
+  Sizes(const Tensor& x, const Tensor& depthwise, int64_t segment, int64_t mask_taps = 0)
       : batch(x.size(0)), channels(x.size(1)), length(x.size(2)), half(segment / 2), chunks((length + segment) / half + 1),
-        taps(depthwise.size(2)), mask_taps(conv.size(2)) {}
+        taps(depthwise.size(2)), mask_taps(mask_taps) {}
 
   int64_t segment() const { return 2 * half; }
   int64_t plane() const { return chunks * segment(); }
@@ -198,6 +198,22 @@ void mask_statistics(const Sizes& sizes, const T* logits, T* mean, T* variance) 
   *variance = T(moments.variance());
 }
 
+// Lets the view see norm1; the factors must live as long as it.
+template <typename T>
+std::vector<T> use_norm(View<T>& view, const Tensor& weight, const Tensor& bias, const T* mean, const T* variance, double eps) {
+  std::vector<T> scale = scales(weight.const_data_ptr<T>(), variance, view.channels, eps);
+  view.mean = mean, view.scale = scale.data(), view.bias = bias.const_data_ptr<T>();
+  return scale;
+}
+
+template <typename T>
+void pool(const Sizes& sizes, const Kernels<T>& run, const View<T>& view, const Tensor& x, T* pooled, int32_t* index) {
+  const int64_t plane = sizes.plane();
+  each(sizes.batch, sizes.groups(), [&](int64_t clip, int64_t group, Workspace<T>& space) {
+    run.pool(clip_of(view, x, clip), group * kBlocks, space, pooled + clip * 2 * plane, index + clip * plane);
+  }, [&] { return Workspace<T>(sizes.half, sizes.taps, false); });
+}
+
 struct Arguments {
   const Tensor &x, &depthwise, &weight1, &bias1, &mean1, &var1, &conv, &weight2, &bias2, &mean2, &var2;
   double eps1, eps2;
@@ -226,11 +242,8 @@ void forward(const Sizes& sizes, const Arguments& in, Results& out) {
     mean[n] = *in.mean2.const_data_ptr<T>();
     variance[n] = *in.var2.const_data_ptr<T>();
   }
-  const std::vector<T> scale = scales(in.weight1.const_data_ptr<T>(), variance, n, in.eps1);
-  view.mean = mean, view.scale = scale.data(), view.bias = in.bias1.const_data_ptr<T>();
-  each(sizes.batch, sizes.groups(), [&](int64_t clip, int64_t group, Workspace<T>& space) {
-    run.pool(clip_of(view, in.x, clip), group * kBlocks, space, pooled + clip * 2 * plane, index + clip * plane);
-  }, [&] { return Workspace<T>(sizes.half, sizes.taps, false); });
+  const std::vector<T> scale = use_norm(view, in.weight1, in.bias1, mean, variance, in.eps1);
+  pool(sizes, run, view, in.x, pooled, index);
 
   const T* conv = in.conv.const_data_ptr<T>();
   each(sizes.batch, sizes.runs(), [&](int64_t clip, int64_t part, Rows<T>& rows) {
@@ -317,56 +330,42 @@ void mask_backward(const Sizes& sizes, const Kernels<T>& run, const Saved& in, G
   }
 }
 
+// Sums [channels] of dv and of dv (u - mean), u the convolution's output.
 template <typename T>
-void backward(const Sizes& sizes, const Saved& in, Gradient& out) {
-  const Kernels<T> run = kernels<T>();
-  const int64_t n = sizes.channels, plane = sizes.plane(), taps = sizes.taps;
-  const T *mean = in.statistics.const_data_ptr<T>(), *variance = mean + n + 1;
-  const int32_t* index = in.index.const_data_ptr<int32_t>();
-  Scratch<T> mask(sizes.batch * sizes.length), dpooled(sizes.batch * 2 * plane);
-  mask_backward(sizes, run, in, out, mask.get(), dpooled.get());
-
-  View<T> view = view_of<T>(sizes, in.x, in.depthwise);
-  const std::vector<T> scale = scales(in.weight1.const_data_ptr<T>(), variance, n, in.eps1);
-  view.mean = mean, view.scale = scale.data(), view.bias = in.bias1.const_data_ptr<T>();
-  const int64_t groups = sizes.groups();
-  std::vector<double> sums(sizes.batch * groups * 2 * n);
+void pool_sums(const Sizes& sizes, const Kernels<T>& run, const View<T>& view, const Tensor& x, const T* dpooled,
+               const int32_t* index, std::vector<double>& sum, std::vector<double>& product) {
+  const int64_t n = sizes.channels, plane = sizes.plane(), groups = sizes.groups();
+  std::vector<double> parts(sizes.batch * groups * 2 * n);
   each(sizes.batch, groups, [&](int64_t clip, int64_t group, Workspace<T>& space) {
-    double* part = sums.data() + (clip * groups + group) * 2 * n;
-    run.sums(clip_of(view, in.x, clip), group * kBlocks, dpooled.get() + clip * 2 * plane, index + clip * plane, space, part,
-             part + n);
-  }, [&] { return Workspace<T>(sizes.half, taps, true); });
-  std::vector<T> constant(n), linear(n);
-  for (int64_t c = 0; c < n; c++) {
-    double sum = 0, product = 0;
-    for (int64_t i = 0; i < sizes.batch * groups; i++) sum += sums[i * 2 * n + c], product += sums[(i * 2 + 1) * n + c];
-    const double rstd = 1 / std::sqrt(double(variance[c]) + in.eps1);
-    out.bias1.mutable_data_ptr<T>()[c] = T(sum);
-    out.weight1.mutable_data_ptr<T>()[c] = T(product * rstd);
-    if (in.training && sizes.batch > 0) {
-      constant[c] = T(scale[c] * (sum / sizes.count()));
-      linear[c] = T(scale[c] * rstd * rstd * (product / sizes.count()));
-    }
-  }
+    double* part = parts.data() + (clip * groups + group) * 2 * n;
+    run.sums(clip_of(view, x, clip), group * kBlocks, dpooled + clip * 2 * plane, index + clip * plane, space, part, part + n);
+  }, [&] { return Workspace<T>(sizes.half, sizes.taps, true); });
+  sum.assign(n, 0), product.assign(n, 0);
+  for (int64_t c = 0; c < n; c++)
+    for (int64_t i = 0; i < sizes.batch * groups; i++) sum[c] += parts[i * 2 * n + c], product[c] += parts[(i * 2 + 1) * n + c];
+}
 
-  const int64_t runs = sizes.owner_runs();
+// `with` and `grad_stride` are the first clip's; grad_clip and mask_clip the steps to the next one's.
+template <typename T>
+void pool_gradients(const Sizes& sizes, const Kernels<T>& run, const View<T>& view, const Tensor& x, const Gradients<T>& with,
+                    int64_t grad_clip, int64_t mask_clip, T* dweight) {
+  const int64_t n = sizes.channels, plane = sizes.plane(), taps = sizes.taps, runs = sizes.owner_runs();
   std::vector<double> parts(sizes.batch * runs * n * taps);
   struct Space {
     Workspace<T> work;
     Scratch<T> total;
   };
   each(sizes.batch, runs, [&](int64_t clip, int64_t part, Space& space) {
-    const Gradients<T> with{constant.data(), linear.data(), dpooled.get() + clip * 2 * plane, index + clip * plane,
-                            in.grad.const_data_ptr<T>() + clip * in.grad.stride(0), mask.get() + clip * sizes.length,
-                            in.grad.stride(1), out.x.mutable_data_ptr<T>() + clip * n * sizes.length};
+    Gradients<T> own = with;
+    own.pooled += clip * 2 * plane, own.index += clip * plane;
+    own.grad += clip * grad_clip, own.mask += clip * mask_clip, own.dx += clip * n * sizes.length;
     std::fill_n(space.total.get(), n * taps * kBlocks, T(0));
     for (int64_t i = part * kGroupRun; i < std::min((part + 1) * kGroupRun, sizes.owners()); i++)
-      run.gradients(clip_of(view, in.x, clip), i * (kBlocks - 2), with, space.work, space.total.get());
+      run.gradients(clip_of(view, x, clip), i * (kBlocks - 2), own, space.work, space.total.get());
     double* target = parts.data() + (clip * runs + part) * n * taps;
     for (int64_t k = 0; k < n * taps; k++)
       for (int64_t l = 0; l < kBlocks; l++) target[k] += space.total.get()[k * kBlocks + l];
   }, [&] { return Space{Workspace<T>(sizes.half, taps, true), Scratch<T>(n * taps * kBlocks)}; });
-  T* dweight = out.depthwise.mutable_data_ptr<T>();
   for (int64_t k = 0; k < n * taps; k++) {
     double total = 0;
     for (int64_t i = 0; i < sizes.batch * runs; i++) total += parts[i * n * taps + k];
@@ -374,18 +373,88 @@ void backward(const Sizes& sizes, const Saved& in, Gradient& out) {
   }
 }
 
+template <typename T>
+void backward(const Sizes& sizes, const Saved& in, Gradient& out) {
+  const Kernels<T> run = kernels<T>();
+  const int64_t n = sizes.channels;
+  const T *mean = in.statistics.const_data_ptr<T>(), *variance = mean + n + 1;
+  const int32_t* index = in.index.const_data_ptr<int32_t>();
+  Scratch<T> mask(sizes.batch * sizes.length), dpooled(sizes.batch * 2 * sizes.plane());
+  mask_backward(sizes, run, in, out, mask.get(), dpooled.get());
+
+  View<T> view = view_of<T>(sizes, in.x, in.depthwise);
+  const std::vector<T> scale = use_norm(view, in.weight1, in.bias1, mean, variance, in.eps1);
+  std::vector<double> sum, product;
+  pool_sums(sizes, run, view, in.x, dpooled.get(), index, sum, product);
+  std::vector<T> constant(n), linear(n);
+  for (int64_t c = 0; c < n; c++) {
+    const double rstd = 1 / std::sqrt(double(variance[c]) + in.eps1);
+    out.bias1.mutable_data_ptr<T>()[c] = T(sum[c]);
+    out.weight1.mutable_data_ptr<T>()[c] = T(product[c] * rstd);
+    if (in.training && sizes.batch > 0) {
+      constant[c] = T(scale[c] * (sum[c] / sizes.count()));
+      linear[c] = T(scale[c] * rstd * rstd * (product[c] / sizes.count()));
+    }
+  }
+  const Gradients<T> with{constant.data(), linear.data(), dpooled.get(), index, in.grad.const_data_ptr<T>(), mask.get(),
+                          in.grad.stride(1), out.x.mutable_data_ptr<T>()};
+  pool_gradients(sizes, run, view, in.x, with, in.grad.stride(0), sizes.length, out.depthwise.mutable_data_ptr<T>());
+}
+
+// What the parts of the half with channels take, checked and contiguous.
+struct Pooling {
+  Tensor x, depthwise, weight, bias, mean, var;
+  double eps;
+  Sizes sizes;
+};
+
+template <typename T>
+void pool_sums(const Pooling& in, const Tensor& grad, const Tensor& index, Tensor& out) {
+  const int64_t n = in.sizes.channels;
+  const T* variance = in.var.const_data_ptr<T>();
+  View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+  const std::vector<T> scale = use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), variance, in.eps);
+  std::vector<double> sum, product;
+  pool_sums(in.sizes, kernels<T>(), view, in.x, grad.const_data_ptr<T>(), index.const_data_ptr<int32_t>(), sum, product);
+  for (int64_t c = 0; c < n; c++) {
+    out.mutable_data_ptr<T>()[c] = T(sum[c]);
+    out.mutable_data_ptr<T>()[n + c] = T(product[c] / std::sqrt(double(variance[c]) + in.eps));
+  }
+}
+
+template <typename T>
+void pool_backward(const Pooling& in, const Tensor& grad, const Tensor& index, const Tensor& means, Tensor& dx, Tensor& dweight) {
+  const int64_t n = in.sizes.channels;
+  const T *variance = in.var.const_data_ptr<T>(), *mean_of = means.const_data_ptr<T>();
+  View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+  const std::vector<T> scale = use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), variance, in.eps);
+  std::vector<T> constant(n), linear(n), silence(in.sizes.length);
+  for (int64_t c = 0; c < n; c++) {
+    constant[c] = T(scale[c] * double(mean_of[c]));
+    linear[c] = T(scale[c] * double(mean_of[n + c]) / std::sqrt(double(variance[c]) + in.eps));
+  }
+  // The product with the mask is not of this half: no gradient comes past it.
+  const Gradients<T> with{constant.data(), linear.data(), grad.const_data_ptr<T>(), index.const_data_ptr<int32_t>(),
+                          silence.data(), silence.data(), 0, dx.mutable_data_ptr<T>()};
+  pool_gradients(in.sizes, kernels<T>(), view, in.x, with, 0, 0, dweight.mutable_data_ptr<T>());
+}
+
 // Features as they are where samples lie side by side, whatever the other strides; a copy otherwise.
 Tensor readable(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-void check(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment) {
+void check(const Tensor& x, const Tensor& depthwise, int64_t segment) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1, "local_attention: expected x [B, n, T] with n >= 1");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "local_attention: expected float32 or float64");
   STD_TORCH_CHECK(segment >= 2 && segment % 2 == 0, "local_attention: expected an even segment_len >= 2, got ", segment);
   STD_TORCH_CHECK(depthwise.dim() == 3 && depthwise.size(0) == x.size(1) && depthwise.size(1) == 1 && depthwise.size(2) % 2 == 1,
                   "local_attention: expected depthwise [n, 1, K], K odd");
+}
+
+void check(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment) {
+  check(x, depthwise, segment);
   STD_TORCH_CHECK(conv.dim() == 3 && conv.size(0) == 1 && conv.size(1) == 2 && conv.size(2) % 2 == 1,
                   "local_attention: expected conv [1, 2, K], K odd");
 }
@@ -403,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_attention_forward(
     int64_t segment, double eps1, double eps2, bool training) {
   check(x_any, depthwise, conv, segment);
   const Tensor x = readable(x_any);
-  const Sizes sizes(x, depthwise, conv, segment);
+  const Sizes sizes(x, depthwise, segment, conv.size(2));
   const ScalarType dtype = x.scalar_type();
   const int64_t n = sizes.channels, P = sizes.chunks;
   const Tensor dw = parameter("depthwise", depthwise, n * sizes.taps, dtype), w1 = parameter("weight1", weight1, n, dtype);
@@ -425,7 +494,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> local_attenti
     const Tensor& statistics, int64_t segment, double eps1, double eps2, bool training) {
   check(x_any, depthwise, conv, segment);
   const Tensor x = readable(x_any);
-  const Sizes sizes(x, depthwise, conv, segment);
+  const Sizes sizes(x, depthwise, segment, conv.size(2));
   const ScalarType dtype = x.scalar_type();
   const int64_t n = sizes.channels, places = sizes.batch * sizes.plane();
   STD_TORCH_CHECK(grad_any.dim() == 3 && grad_any.size(0) == x.size(0) && grad_any.size(1) == n && grad_any.size(2) == x.size(2) &&
@@ -446,9 +515,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> local_attenti
   return {out.x, out.depthwise, out.weight1, out.bias1, out.conv, out.weight2, out.bias2};
 }
 
+Tensor local_pool_statistics(const Tensor& x_any, const Tensor& depthwise, int64_t segment) {
+  check(x_any, depthwise, segment);
+  const Tensor x = readable(x_any);
+  const Sizes sizes(x, depthwise, segment);
+  const Tensor dw = parameter("depthwise", depthwise, sizes.channels * sizes.taps, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {2, sizes.channels});
+  const auto run = [&]<typename T>(T* to) {
+    batch_statistics(sizes, kernels<T>(), view_of<T>(sizes, x, dw), x, to, to + sizes.channels);
+  };
+  x.scalar_type() == ScalarType::Float ? run(out.mutable_data_ptr<float>()) : run(out.mutable_data_ptr<double>());
+  return out;
+}
+
+Pooling pooling(const Tensor& x_any, const Tensor& depthwise, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                const Tensor& var, int64_t segment, double eps) {
+  check(x_any, depthwise, segment);
+  const Tensor x = readable(x_any);
+  const Sizes sizes(x, depthwise, segment);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t n = sizes.channels;
+  return {x, parameter("depthwise", depthwise, n * sizes.taps, dtype), parameter("weight1", weight, n, dtype),
+          parameter("bias1", bias, n, dtype), parameter("mean1", mean, n, dtype), parameter("var1", var, n, dtype), eps, sizes};
+}
+
+std::tuple<Tensor, Tensor> local_pool(const Tensor& x, const Tensor& depthwise, const Tensor& weight, const Tensor& bias,
+                                      const Tensor& mean, const Tensor& var, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  Tensor pooled = torch::stable::new_empty(in.x, {in.sizes.batch, 2, in.sizes.chunks, segment});
+  Tensor index = torch::stable::new_empty(in.x, {in.sizes.batch, in.sizes.chunks, segment}, ScalarType::Int);
+  const auto run = [&]<typename T>(T* to) {
+    View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+    const std::vector<T> scale =
+        use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), in.var.const_data_ptr<T>(), in.eps);
+    pool(in.sizes, kernels<T>(), view, in.x, to, index.mutable_data_ptr<int32_t>());
+  };
+  in.x.scalar_type() == ScalarType::Float ? run(pooled.mutable_data_ptr<float>()) : run(pooled.mutable_data_ptr<double>());
+  return {pooled, index};
+}
+
+Tensor local_pool_sums(const Tensor& grad_any, const Tensor& x, const Tensor& depthwise, const Tensor& weight, const Tensor& bias,
+                       const Tensor& mean, const Tensor& var, const Tensor& index_any, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  const int64_t places = in.sizes.batch * in.sizes.plane();
+  const Tensor grad = parameter("grad", grad_any, 2 * places, in.x.scalar_type());
+  const Tensor index = parameter("index", index_any, places, ScalarType::Int);
+  Tensor out = torch::stable::new_empty(in.x, {2, in.sizes.channels});
+  in.x.scalar_type() == ScalarType::Float ? pool_sums<float>(in, grad, index, out) : pool_sums<double>(in, grad, index, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> local_pool_backward(const Tensor& grad_any, const Tensor& x, const Tensor& depthwise,
+                                               const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                               const Tensor& index_any, const Tensor& means_any, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  const int64_t places = in.sizes.batch * in.sizes.plane(), n = in.sizes.channels;
+  const ScalarType dtype = in.x.scalar_type();
+  const Tensor grad = parameter("grad", grad_any, 2 * places, dtype), index = parameter("index", index_any, places, ScalarType::Int);
+  const Tensor means = parameter("means", means_any, 2 * n, dtype);
+  Tensor dx = torch::stable::new_empty(in.x, {in.sizes.batch, n, in.sizes.length});
+  Tensor dweight = torch::stable::new_empty(in.x, {n, 1, in.sizes.taps});
+  dtype == ScalarType::Float ? pool_backward<float>(in, grad, index, means, dx, dweight)
+                             : pool_backward<double>(in, grad, index, means, dx, dweight);
+  return {dx, dweight};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) {
   m.impl("local_attention", TORCH_BOX(&local_attention_forward));
   m.impl("local_attention_backward", TORCH_BOX(&local_attention_backward));
+  m.impl("local_pool_statistics", TORCH_BOX(&local_pool_statistics));
+  m.impl("local_pool", TORCH_BOX(&local_pool));
+  m.impl("local_pool_sums", TORCH_BOX(&local_pool_sums));
+  m.impl("local_pool_backward", TORCH_BOX(&local_pool_backward));
 }

@@ -163,7 +163,7 @@ def _backward(ctx, grad):
     dz, sums, *weights, shortcut_sums = torch.ops.mvat.mask_gate_backward(
         grad, *ctx.saved_tensors, ctx.eps, ctx.shortcut_eps
     )
-    (total, shortcut_total), count = shared_sums(ctx.group, x, sums, shortcut_sums)
+    (total, shortcut_total), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums, shortcut_sums)
     dx = norm_gradient(dz, x, tuple(norm), total, ctx.eps, ctx.training, count)
     d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
     d_shortcut, d_shortcut_norm = None, (None, None)

@@ -130,7 +130,7 @@ def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
     centred = wide - mean.to(wide.dtype).view(shape)
     var = _Sum.apply(centred.square().sum(dims, dtype=torch.float64), group) / total
     with torch.no_grad():
-        _move(norm, mean, var, count, _checked(total, count))
+        move_running(norm, mean, var, count, _checked(total, count))
     scale = ((var + norm.eps).rsqrt() * norm.weight).to(wide.dtype)
     return (centred * scale.view(shape) + norm.bias.to(wide.dtype).view(shape)).to(x.dtype)
 
@@ -147,7 +147,7 @@ def _checked(total: Tensor, count: int) -> Tensor | None:
     raise ValueError("batch norm in training needs more than 1 value per channel, got 1 in all processes")
 
 
-def _move(norm: Norm, mean: Tensor, var: Tensor, count: int, total: Tensor | None) -> None:
+def move_running(norm: Norm, mean: Tensor, var: Tensor, count: int, total: Tensor | None) -> None:
     """Move the running statistics towards the batch's, of `count` values, or of `total` in all processes."""
     keep = 1 - norm.momentum
     if total is not None:
@@ -174,27 +174,36 @@ def shared_statistics(group: "dist.ProcessGroup | None", *parts: Part) -> tuple[
         None if norm is None or x is None else torch.ops.mvat.batch_statistics(x) if statistics is None else statistics
         for norm, x, statistics in parts
     ]
-    present = [statistics for statistics in own if statistics is not None]
-    if not present:
-        return own, None
     count = next(x.shape[0] * x.shape[2] for _, x, _ in parts if x is not None)
+    merged, total = merged_statistics(group, count, *[statistics for statistics in own if statistics is not None])
+    found = iter(merged)
+    return [None if statistics is None else next(found) for statistics in own], total
+
+
+@torch.no_grad()
+def merged_statistics(group: "dist.ProcessGroup", count: int, *own: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Statistics [2, C] over all processes from each one's own, of `count` values, and the count that they are of.
+
+    None for the count where all batches are empty; ValueError where it is 1.
+    """
+    if not own:
+        return [], None
     # The sum of rows that are zero elsewhere is exact, and gives every process the same bits.
-    sizes = dist.get_world_size(group), 1 + sum(t.numel() for t in present)
-    message = present[0].new_zeros(sizes, dtype=torch.float64)
+    sizes = dist.get_world_size(group), 1 + sum(t.numel() for t in own)
+    message = own[0].new_zeros(sizes, dtype=torch.float64)
     if count:
-        row = torch.cat([t.flatten() for t in present]).double()
+        row = torch.cat([t.flatten() for t in own]).double()
         message[dist.get_rank(group)] = F.pad(row, (1, 0), value=count)
     dist.all_reduce(message, group=group)
-    counts, *columns = message.split([1, *[size for t in present for size in t.shape[1:] * 2]], 1)
+    counts, *columns = message.split([1, *[size for t in own for size in t.shape[1:] * 2]], 1)
     total = counts.sum()
     merged = []
-    for like, means, variances in zip(present, columns[::2], columns[1::2], strict=True):
+    for like, means, variances in zip(own, columns[::2], columns[1::2], strict=True):
         share = counts / total
         mean = (means * share).sum(0)
         var = ((variances + (means - mean).square()) * share).sum(0)
         merged.append(torch.stack((mean, var)).to(like.dtype))
-    found = iter(merged)
-    return [None if statistics is None else next(found) for statistics in own], _checked(total, count)
+    return merged, _checked(total, count)
 
 
 def applied(
@@ -218,7 +227,7 @@ def applied(
         raise ValueError(f"batch norm in training needs more than 1 value per channel, got x {list(x.shape)}")
     with torch.no_grad():
         mean, var = torch.ops.mvat.batch_statistics(x) if statistics is None else statistics
-        _move(norm, mean, var, count, total)
+        move_running(norm, mean, var, count, total)
     return weight, bias, mean, var
 
 
@@ -245,15 +254,14 @@ def call(operator: str, group: "dist.ProcessGroup | None", *inputs: Any) -> Any:
     return _Synchronised.apply(operator, group, *inputs)
 
 
-def shared_sums(group: "dist.ProcessGroup | None", x: Tensor, *sums: Tensor) -> tuple[Sequence[Tensor], float]:
-    """What `norm_gradient` takes: the sums over x [B, C, T] and their count, or the means over all processes and 1."""
-    count = x.shape[0] * x.shape[2]
+def shared_sums(group: "dist.ProcessGroup | None", count: int, *sums: Tensor) -> tuple[Sequence[Tensor], float]:
+    """What `norm_gradient` takes: sums of `count` values and that, or with a group, means over all processes and 1."""
     if group is None:
         return sums, count
     message = torch.cat([t.detach().flatten() for t in sums]).double()
     message = F.pad(message, (0, 1), value=count)
     dist.all_reduce(message, group=group)
-    means = (message[:-1] / message[-1]).to(x.dtype).split([t.numel() for t in sums])
+    means = (message[:-1] / message[-1]).to(sums[0].dtype).split([t.numel() for t in sums])
     return [mean.view(t.shape) for mean, t in zip(means, sums, strict=True)], 1
 
 

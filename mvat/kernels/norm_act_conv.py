@@ -322,7 +322,7 @@ def _conv_backward(ctx, grad, _):
     dz, sums, d_weight, d_bias = torch.ops.mvat.norm_act_conv_backward(
         grad, x, *norm, weight, ctx.has_bias, ctx.eps, *ctx.rest
     )
-    (total,), count = shared_sums(ctx.group, x, sums)
+    (total,), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums)
     dx = norm_gradient(dz, x, tuple(norm), total, ctx.eps, ctx.training, count)
     d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
     return dx, *d_norm, None, None, d_weight, d_bias if ctx.has_bias else None, *(None,) * 8
@@ -351,7 +351,7 @@ def _act_backward(ctx, grad):
     dz, sums, shortcut_sums = torch.ops.mvat.norm_act_backward(
         grad, *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation
     )
-    (total, shortcut_total), count = shared_sums(ctx.group, x, sums, shortcut_sums)
+    (total, shortcut_total), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums, shortcut_sums)
     dx = norm_gradient(dz, x, norm, total, ctx.eps, ctx.training, count)
     gradients = [dx, sums[1], sums[0], None, None, None, None, None]
     if shortcut is not None:
