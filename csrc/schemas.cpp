@@ -38,8 +38,8 @@ STABLE_TORCH_LIBRARY(mvat, m) {
   // the norm behind the convolution. -> mean and biased variance [2, C] of the convolution's output.
   m.def("local_pool_statistics(Tensor x, Tensor depthwise, int segment_len) -> Tensor");
   // -> (pooled, index), as local_attention's.
-  m.def("local_pool(Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1, int segment_len, float eps1)"
-        " -> (Tensor, Tensor)");
+  m.def("local_pool(Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1, int segment_len,"
+        " float eps1) -> (Tensor, Tensor)");
   // grad is that of pooled, the mean's divided by C. -> sums [2, C] as norm_act_conv_backward's.
   m.def("local_pool_sums(Tensor grad, Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1,"
         " Tensor index, int segment_len, float eps1) -> Tensor");

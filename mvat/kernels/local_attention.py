@@ -31,6 +31,9 @@ convolution: left to the compiler, which carries rows from step to step and spil
 anew, 11.8; each row once a step, as it is now, 10.1. For the pooling: exponentials of two, four or eight vectors step
 by step, no difference beyond 4 %. The rest of the pooling is some 40 instructions a vector, most of them SiLU.
 
+Where several processes share the norms' statistics, the half with channels runs in parts (local_pool in
+csrc/schemas.cpp), between which they exchange sums; the mask, which has no channels, is then the reference's.
+
 Source: Park et al., "MANNER", ICASSP 2022; the mask identity is ours.
 """
 
@@ -98,7 +101,7 @@ def local_attention(
         depthwise_weight: [n, 1, K1], K1 odd (31 in MANNER).
         norm1: the batch norm of the n channels (`mvat.kernels.Norm`).
         conv_weight: [1, 2, K2], K2 odd (7 in MANNER); its inputs are the maximum and the mean over channels.
-        norm2: the batch norm of the single mask channel.
+        norm2: the batch norm of the single mask channel, with the same process group as norm1 or none.
         segment_len: C, the chunk's length in samples, even.
         training: True takes the statistics of the batch and updates the running ones in place.
 
@@ -108,7 +111,8 @@ def local_attention(
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape or device.
         RuntimeError: for a second derivative of the fused kernel; where the back end is "fused" and there is none; on a
-            GPU for a segment_len above 256, or for more taps than fit its kernel.
+            GPU for a segment_len above 256, for more taps than fit its kernel, or where that back end is to share the
+            norms' statistics with other processes.
     """
     op = "local_attention"
     check_features(op, "x", x, ("B", "n", "T"))
