@@ -34,7 +34,7 @@ class Norm(NamedTuple):
     With a process group, the batch is that of all its processes: each calls the op, and its backward pass, with a part
     of its own, of any size, empty too. Outputs and running statistics are then those of one process with the parts put
     together, and the gradients' sum over the processes is the gradient of the sum of their losses. All of them must
-    come through the same ops in the same order, or they wait for each other.
+    come through the same ops in the same order, on the same back end, or they wait for each other.
     """
 
     weight: Tensor

@@ -30,6 +30,7 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
         return batch_norm_reference(x, Norm.of(self), self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm1d":
@@ -50,7 +51,8 @@ def sync_batch_norm(model: nn.Module, process_group: "dist.ProcessGroup | None" 
     Processes that each hold a part of a batch then compute the outputs and the running statistics of one process that
     holds it whole. The sum of their gradients is that of the sum of their losses. DistributedDataParallel takes the
     mean: with a loss that is the mean over the clips of each process, all processes holding equally many, its gradients
-    are those of the mean over the whole batch. With b of B clips in one of W processes, multiply its loss by W b / B.
+    are those of the mean over the whole batch. With shares of any size, B clips in all, let each of W processes take
+    W / B times the sum over its own clips, which may be none.
 
     In evaluation mode, with one process, or without torch.distributed, nothing is sent.
 
