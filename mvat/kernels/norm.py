@@ -122,7 +122,7 @@ def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
     if group is None:
         return F.batch_norm(x, norm.running_mean, norm.running_var, *norm[:2], training, norm.momentum, norm.eps)
     dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-    count = x.numel() // x.shape[1]
+    count = x.shape[0] * x.shape[2:].numel()
     wide = x.to(native.wide(x.dtype))
     sums = torch.cat((wide.sum(dims, dtype=torch.float64), wide.new_full((1,), count, dtype=torch.float64)))
     *_, total = sums = _Sum.apply(sums, group)
@@ -268,7 +268,10 @@ def shared_sums(group: "dist.ProcessGroup | None", count: int, *sums: Tensor) ->
 def norm_gradient(
     dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float, training: bool, count: float
 ) -> Tensor:
-    """The gradient of x from dz, the one behind the norm, and sums [2, C] of dz and of dz times the normalised x."""
+    """The gradient of x from dz, the one behind the norm, and sums [2, C] of dz and of dz times the normalised x.
+
+    Sums and count are as `shared_sums` gives them.
+    """
     weight, _, mean, var = norm
     if weight is None:
         return dz
