@@ -144,6 +144,10 @@ def differentiable(operator: str, backward: Function, setup_context: Function | 
     _library.impl(operator, kernel, "Autograd")
 
 
+#: The gradient of every complete operator: its setup_context and its backward.
+formulas: dict[str, tuple[Function, Function]] = {}
+
+
 def complete(
     operator: str, fake: Function, fake_backward: Function, setup_context: Function, backward: Function
 ) -> None:
@@ -153,6 +157,7 @@ def complete(
     """
     if missing(operator) is not None:
         return
+    formulas[operator] = setup_context, backward
     torch.library.register_fake(f"mvat::{operator}", fake)
     torch.library.register_fake(f"mvat::{operator}_backward", fake_backward)
     differentiable(operator, backward, setup_context)

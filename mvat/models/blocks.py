@@ -19,6 +19,7 @@ from mvat.kernels.norm_act_conv import activation_index
 from mvat.models.folded import conv_norm, folded, ready, stacked
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
+BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
 
 
 class Views(NamedTuple):
@@ -36,7 +37,7 @@ class Raw(NamedTuple):
     statistics: Tensor | None
 
 
-def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, activation: str = "identity") -> Raw:
+def conv_stage(x: Tensor | Raw, conv: Conv, bn: BatchNorm | None = None, activation: str = "identity") -> Raw:
     """conv(activation(bn(x))) with the modules' parameters: one stage of a chain, its output not normalised yet."""
     x = x if isinstance(x, Raw) else Raw(x, None)
     return _stage(x, conv, None if bn is None else Norm.of(bn), activation, bn is not None and bn.training)
@@ -60,13 +61,13 @@ def _stage(x: Raw, conv: Conv, norm: Norm | None, activation: str, training: boo
     return Raw(*y) if conv.training else Raw(y, None)
 
 
-def joined_stage(branches: list[Raw], bns: list[nn.BatchNorm1d], activation: str, conv: Conv) -> Raw:
+def joined_stage(branches: list[Raw], bns: list[BatchNorm], activation: str, conv: Conv) -> Raw:
     """conv(activation(bn(x))) of branches [B, n, T] put side by side, each with a norm of its own.
 
     The raw outputs are put together and their norms taken for one, so that neither the branches nor what they are
     normalised to is kept.
     """
-    if len({(bn.momentum, bn.eps, bn.training) for bn in bns}) > 1:
+    if len({(type(bn), bn.momentum, bn.eps, bn.training, getattr(bn, "process_group", None)) for bn in bns}) > 1:
         ends = [chain_end(x, bn, activation) for x, bn in zip(branches, bns, strict=True)]
         return conv_stage(torch.cat(ends, 1), conv)
     norms = [Norm.of(bn) for bn in bns]
@@ -88,7 +89,7 @@ def joined_stage(branches: list[Raw], bns: list[nn.BatchNorm1d], activation: str
     return y
 
 
-def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
+def chain_end(x: Raw, bn: BatchNorm, activation: str = "identity") -> Tensor:
     """activation(bn(x)): the end of a chain."""
     return norm_act(x.features, Norm.of(bn), activation, training=bn.training, statistics=x.statistics)
 
@@ -96,7 +97,7 @@ def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tenso
 def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     """A chain of one stage: convolution, batch norm where there is one, ReLU where there is one."""
     conv, *rest = stage
-    bn = rest[0] if rest and isinstance(rest[0], nn.BatchNorm1d) else None
+    bn = rest[0] if rest and isinstance(rest[0], BatchNorm) else None
     activation = "relu" if rest and isinstance(rest[-1], nn.ReLU) else "identity"
     weights = folded(stage, x, lambda stage: _fold_stage(conv, bn))
     if weights is not None:
@@ -108,7 +109,7 @@ def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     return y.features
 
 
-def _fold_stage(conv: Conv, bn: nn.BatchNorm1d | None) -> list[Tensor]:
+def _fold_stage(conv: Conv, bn: BatchNorm | None) -> list[Tensor]:
     weight, bias = conv_norm(conv, bn)
     return ready(weight.permute(2, 0, 1), bias)
 
