@@ -34,6 +34,19 @@ STABLE_TORCH_LIBRARY(mvat, m) {
         " Tensor weight2, Tensor attention, Tensor pooled, Tensor index, Tensor statistics, int segment_len, float eps1,"
         " float eps2, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // The half of local_attention that has channels, in parts between which processes can exchange the statistics and the sums of
+  // the norm behind the convolution. -> mean and biased variance [2, C] of the convolution's output.
+  m.def("local_pool_statistics(Tensor x, Tensor depthwise, int segment_len) -> Tensor");
+  // -> (pooled, index), as local_attention's.
+  m.def("local_pool(Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1, int segment_len,"
+        " float eps1) -> (Tensor, Tensor)");
+  // grad is that of pooled, the mean's divided by C. -> sums [2, C] as norm_act_conv_backward's.
+  m.def("local_pool_sums(Tensor grad, Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1,"
+        " Tensor index, int segment_len, float eps1) -> Tensor");
+  // means [2, C]: the sums divided by what they are of. -> gradients of x, depthwise.
+  m.def("local_pool_backward(Tensor grad, Tensor x, Tensor depthwise, Tensor weight1, Tensor bias1, Tensor mean1, Tensor var1,"
+        " Tensor index, Tensor means, int segment_len, float eps1) -> (Tensor, Tensor)");
+
   // a and m [heads, S, S] with S = segment_len: scores = (X a) X', output = (softmax(scores) X) m', wide.
   // -> (y; softmax [B, C, heads, P, 2], wide: the scores' maximum, in base 2 and as far as it was followed, and the sum of
   //     their exponentials below it; mixed [B, C, heads, P, S]: softmax(scores) X). Without `keep` the last two have a batch of 0.

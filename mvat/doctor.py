@@ -113,6 +113,8 @@ def _table() -> list[str]:
     lines = [f"{'':{width}}  " + "  ".join(f"{head:9}" for head in heads)]
     lines += [f"{op:{width}}  " + "  ".join(f"{cell:9}" for cell in line) for op, line in cells.items()]
     lines += [f"({number}) the plain PyTorch reference: {reason}" for number, reason in enumerate(reasons, 1)]
+    if torch.cuda.is_available() and native.missing("local_pool", "cuda") is not None:
+        lines.append("local_attention on cuda runs the reference where processes share their batch norms' statistics")
     if any(row.device == "cuda" and not row.reason for row in rows):
         lines.append("fused kernels on cuda are experimental: right in emulation, not yet run on a GPU")
     return [line.rstrip() for line in lines]

@@ -15,8 +15,9 @@ from mvat.audio import SAMPLE_RATE
 from mvat.models import PRESETS, Manner
 from train import manifest
 from train.config import ModelConfig, RunConfig
-from train.data import FilePairs, Pairs, Segments
+from train.data import FilePairs, Segments
 from train.manifest import Entry
+from train.mixtures import Mixer, Mixtures
 from train.solver import Solver, Stopped
 
 
@@ -97,6 +98,7 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     config = dataclasses.replace(config, model=_resolved(config.model))
     data = manifest.load(config.data.path)
     train, valid = split(data, config.data.valid_speakers, config.data.valid_limit)
+    drawn = examples(config, data, train)
     teacher = None
     if config.transfer.method != "none":
         if config.transfer.teacher is None:
@@ -106,35 +108,54 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = Manner(**config.model.arguments)
-    return Solver(config, model, teacher, segments(_file_pairs(train), config), _file_pairs(valid), kind).fit()
+    return Solver(config, model, teacher, drawn, _file_pairs(valid), kind).fit()
 
 
-def segments(pairs: Pairs, config: RunConfig) -> Segments:
-    """The training examples that a configuration cuts from recordings; ValueError names a key that does not fit."""
-    data = config.data
-    for name, seconds in (("segment_seconds", data.segment_seconds), ("stride_seconds", data.stride_seconds)):
-        if round(seconds * SAMPLE_RATE) < 1:
-            raise ValueError(f"data.{name} must be positive, got {seconds}")
-    if not 0 < data.tempo[0] <= data.tempo[1]:
-        raise ValueError(f"data.tempo must be a positive range, lowest first, got {list(data.tempo)}")
-    return Segments(
-        pairs,
-        round(data.segment_seconds * SAMPLE_RATE),
-        round(data.stride_seconds * SAMPLE_RATE),
-        data.tempo,
-        data.tempo_share,
-        config.seed,
-    )
+def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry]) -> Segments | Mixtures:
+    """The training examples: segments of the pairs, or mixtures where the manifest lists what to mix.
+
+    Raises:
+        ValueError: data.mix is missing or superfluous, or a setting cannot be used.
+    """
+    settings, mix = config.data, config.data.mix
+    length = round(settings.segment_seconds * SAMPLE_RATE)
+    tempo, share = settings.tempo, settings.tempo_share
+    if settings.stride_seconds <= 0:
+        raise ValueError(f"data.stride_seconds must be positive, got {settings.stride_seconds}")
+    if not 0 < tempo[0] <= tempo[1]:
+        raise ValueError(f"data.tempo must be a positive range, lowest first, got {list(tempo)}")
+    if data.recordings is None:
+        if mix is not None:
+            raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")
+        stride = round(settings.stride_seconds * SAMPLE_RATE)
+        return Segments(_file_pairs(train), length, stride, tempo, share, config.seed)
+    if mix is None:
+        raise ValueError(f"{data.path}: its speech and noise are to be mixed; give data.mix.examples")
+    found = manifest.recordings(data)
+    try:
+        mixer = Mixer(
+            *(found[role] for role in manifest.ROLES),
+            snr=mix.snr,
+            level=mix.level,
+            reverb_share=mix.reverb_share,
+            tempo=tempo,
+            tempo_share=share,
+        )
+        return Mixtures(mixer, length, mix.examples, config.seed)
+    except ValueError as error:
+        raise ValueError(f"{data.path}, data.mix: {error}") from None
 
 
 def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) -> tuple[list[Entry], list[Entry]]:
     """Training and validation entries: the manifest's own, or the named speakers taken out of training.
 
     Raises:
-        ValueError: if there is no validation set and no speaker is named, a named speaker does not exist, or a set
-            comes out empty.
+        ValueError: if there is no validation set and no speaker is named, a named speaker does not exist or cannot be
+            taken out of what is mixed, or a set comes out empty.
     """
     train, valid = list(data.train), list(data.valid)
+    if valid_speakers and data.recordings is not None:
+        raise ValueError(f"{data.path}: data.valid_speakers is for pairs; train.prepare has held speakers out already")
     if valid_speakers:
         unknown = set(valid_speakers) - {entry.speaker for entry in train}
         if unknown:
@@ -143,7 +164,7 @@ def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) ->
         train = [entry for entry in train if entry.speaker not in valid_speakers]
     if not valid:
         raise ValueError(f"{data.path}: has no validation set; name data.valid_speakers")
-    if not train:
+    if not train and data.recordings is None:
         raise ValueError(f"{data.path}: data.valid_speakers leaves nothing to train on")
     if 0 < limit < len(valid):
         valid = [valid[i * len(valid) // limit] for i in range(limit)]

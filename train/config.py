@@ -25,14 +25,32 @@ class ModelConfig:
 
 
 @dataclass
+class MixConfig:
+    """How training examples are mixed, for data whose speech and noise are apart (`python -m train.prepare dns`).
+
+    Args:
+        examples: how many make an epoch.
+        snr: lowest and highest signal-to-noise ratio in dB.
+        level: lowest and highest level of the noisy track in dB of full scale.
+        reverb_share: share of the examples with reverberation; None is a half where there are impulse responses.
+    """
+
+    examples: int = 10000
+    snr: tuple[float, float] = (-5.0, 20.0)
+    level: tuple[float, float] = (-35.0, -15.0)
+    reverb_share: float | None = None
+
+
+@dataclass
 class DataConfig:
     """What it is trained on.
 
     Args:
         path: a folder made by `python -m train.prepare`, with its manifest.json.
+        mix: how examples are mixed, where the data is speech and noise apart; None where it is pairs.
         valid_speakers: speakers taken out of the training set for validation, where the manifest has no validation set.
         segment_seconds: length of a training example.
-        stride_seconds: hop between the examples of one recording.
+        stride_seconds: hop between the examples of one recording; of pairs alone.
         tempo: lowest and highest tempo of the clean track; [1, 1] leaves it as it is.
         tempo_share: share of the examples whose tempo is changed.
         valid_limit: validate on this many recordings, spread evenly over the set; 0 takes all.
@@ -40,6 +58,7 @@ class DataConfig:
     """
 
     path: str
+    mix: MixConfig | None = None
     valid_speakers: list[str] = field(default_factory=list)
     segment_seconds: float = 4.0
     stride_seconds: float = 1.0

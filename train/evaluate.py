@@ -3,6 +3,8 @@
 Writes ``enhanced/*.wav`` (16 bit; they are what is scored), ``scores.json`` and ``scores.csv`` into the run folder, and
 prints the means beside those of the noisy input. ``--noisy`` scores that input itself; the others find it where
 ``--out`` is ``<experiment>/noisy``. Exit status: 0 all scored, 1 some recordings could not be, 2 nothing could.
+
+Under ``torchrun --nproc_per_node N -m train.evaluate ...`` each process takes every N-th recording.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,6 +23,7 @@ from mvat import audio
 from mvat.metrics import ALL, METRICS, Failure, Scores, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import manifest
+from train.shares import Group
 
 SCORES_FORMAT = "mvat-scores-1"
 HISTORY_FORMAT = "mvat-history-1"
@@ -77,41 +80,63 @@ def evaluate(
         progress: Whether to show progress bars.
 
     Returns:
-        The scores. A recording that could not be read, enhanced or scored is among their failures.
+        The scores. A recording that could not be read, enhanced or scored is among their failures. Of several processes
+        (see `train.shares`) each does its share, the main one writes, and all return the scores of the whole set.
 
     Raises:
         ValueError: The manifest, checkpoint or history cannot be used, or the set is empty.
         OSError: The folder cannot be written.
+        RuntimeError: Another process failed.
     """
-    data_set = manifest.load(data)
-    entries = data_set.split(subset)
-    if not entries:
-        raise ValueError(f"{data_set.path}: the {subset} set is empty")
     out = Path(out)
-    suffix = _suffix(subset)
-    failures: list[Failure] = []
-    if checkpoint is None:
-        out.mkdir(parents=True, exist_ok=True)
+    group = Group.here()
+    if workers is None:
+        workers = max(1, (os.cpu_count() or 1) // group.on_this_machine())
+
+    def share() -> _Share:
+        data_set = manifest.load(data)
+        entries = data_set.split(subset)
+        if not entries:
+            raise ValueError(f"{data_set.path}: the {subset} set is empty")
+        own = entries[group.rank :: group.size]
+        failures: list[Failure] = []
+        estimates = {entry.name: entry.noisy for entry in own}
         description = _description(label="noisy", kind="noisy")
-        estimates = {entry.name: entry.noisy for entry in entries}
-    else:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = Manner.from_pretrained(Path(checkpoint)).to(device)
-        description = describe(Path(checkpoint), model, out.name)
-        estimates, failures = enhance_set(model, entries, out / f"enhanced{suffix}", progress)
-    pairs = [(entry.name, entry.clean, estimates[entry.name]) for entry in entries if entry.name in estimates]
-    scored = score_files(pairs, metrics, workers, progress)
-    order = {entry.name: place for place, entry in enumerate(entries)}
+        if checkpoint is None:
+            out.mkdir(parents=True, exist_ok=True)
+        else:
+            model = Manner.from_pretrained(Path(checkpoint)).to(device or group.device())
+            description = describe(Path(checkpoint), model, out.name)
+            estimates, failures = enhance_set(model, own, out / f"enhanced{_suffix(subset)}", shown)
+        pairs = [(entry.name, entry.clean, estimates[entry.name]) for entry in own if entry.name in estimates]
+        scored = score_files(pairs, metrics, workers, shown)
+        header = {"format": SCORES_FORMAT, **description, "set": subset, "data": str(data_set.path.resolve())}
+        return _Share(header, [entry.name for entry in entries], scored, failures + scored.failures)
+
+    shown = progress and group.main
+    shares = group.gather(share)
+    header, names = shares[0].header, shares[0].names
+    rows = {name: row for part in shares for name, row in part.scored.rows.items()}
+    order = {name: place for place, name in enumerate(names)}
+    measured = shares[0].scored.metrics
     scores = Scores(
-        scored.metrics,
-        {name: scored.rows.get(name, dict.fromkeys(scored.metrics)) for name in order},
-        sorted(failures + scored.failures, key=lambda failure: order[failure.name]),
+        measured,
+        {name: rows.get(name, dict.fromkeys(measured)) for name in names},
+        sorted((f for part in shares for f in part.failures), key=lambda failure: order[failure.name]),
     )
-    header = {"format": SCORES_FORMAT, **description, "set": subset, "data": str(data_set.path.resolve())}
-    scores.to_json(out / f"scores{suffix}.json", header)
-    scores.to_csv(out / f"scores{suffix}.csv")
+    if group.main:
+        scores.to_json(out / f"scores{_suffix(subset)}.json", header)
+        scores.to_csv(out / f"scores{_suffix(subset)}.csv")
     return scores
+
+
+class _Share(NamedTuple):
+    """What one process found out."""
+
+    header: dict[str, Any]
+    names: list[str]  # of the whole set, in its order
+    scored: Scores
+    failures: list[Failure]  # in enhancing and in scoring
 
 
 def describe(checkpoint: Path, model: Manner, label: str) -> dict[str, Any]:
@@ -168,14 +193,14 @@ def table(scores: Scores, label: str, noisy: Mapping[str, Mapping[str, float | N
         Lines of text: the noisy input, the run, the mean gain over recordings scored in both, what could not be scored.
     """
     width = max(len(label), 5)
-    lines = [f"{'':{width}}  {'files':>5}" + "".join(f"{metric:>10}" for metric in scores.metrics)]
+    lines = [f"{'':{width}}  {'files':>5}" + "".join(f"{metric:>9}" for metric in scores.metrics)]
 
     def line(name: str, rows: Mapping[str, Mapping[str, float | None]], sign: str = "") -> None:
         cells, most = "", 0
         for metric in scores.metrics:
             values = [value for row in rows.values() if (value := row.get(metric)) is not None]
             most = max(most, len(values))
-            cells += f"{sum(values) / len(values):{sign}10.3f}" if values else f"{'-':>10}"
+            cells += f"{sum(values) / len(values):{sign}9.3f}" if values else f"{'-':>9}"
         lines.append(f"{name:{width}}  {most:5}{cells}")
 
     if noisy is not None:
@@ -218,9 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--noisy", action="store_true", help="score the noisy input itself")
     parser.add_argument("--set", choices=("test", "valid"), default="test", dest="subset")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS)
-    parser.add_argument("--workers", type=int, help="scoring processes (default: one a CPU)")
+    parser.add_argument("--workers", type=int, help="scoring processes (default: one a CPU, shared by torchrun's)")
     parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
+    main_process = Group.here().main
     try:
         scores = evaluate(
             options.data,
@@ -231,11 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=options.workers,
             device=options.device,
         )
-        noisy = noisy_rows(options.out, options.subset)
+        noisy = noisy_rows(options.out, options.subset) if main_process else None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if main_process:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(scores, options.out.name, noisy))
+    if main_process:
+        print(table(scores, options.out.name, noisy))
     if not any(scores.count().values()):
         return 2
     return 1 if scores.failures else 0

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from train.data import EpochSampler
+from train.data import EpochSampler, Segments
+from train.mixtures import Mixtures
 from train.processes import RunError, ignore_signals
 
 #: Batches that every reading process has ready: enough to bridge a slow file.
@@ -48,7 +48,7 @@ class Readable(Dataset):
 
     TRIES = 10
 
-    def __init__(self, examples: Any) -> None:
+    def __init__(self, examples: Segments | Mixtures) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
@@ -89,7 +89,13 @@ class Loader:
     """
 
     def __init__(
-        self, examples: Any, seed: int, batch_size: int, workers: int, accelerator: Accelerator, name: str
+        self,
+        examples: Segments | Mixtures,
+        seed: int,
+        batch_size: int,
+        workers: int,
+        accelerator: Accelerator,
+        name: str,
     ) -> None:
         self.name, self.device, self.main = name, accelerator.device, accelerator.is_main_process
         self.order = EpochSampler(len(examples), seed)

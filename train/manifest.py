@@ -1,37 +1,47 @@
 """The data manifest: which pairs of clean and noisy files make up a data set, and the folder that holds them.
 
-``manifest.json`` lists the pairs of every split; all audio is 16 kHz mono. ``prepare.json`` beside it says from what
-and with which settings the folder was made, so that a preparation can be continued and never writes into a foreign
-folder.
+``manifest.json`` lists the pairs of every split; all audio is 16 kHz mono. Where training pairs are mixed while they
+are read, the manifest has none, and ``recordings.csv`` beside it lists what they are mixed from, at any rate and number
+of channels. ``prepare.json`` says from what and with which settings the folder was made, so that a preparation can be
+continued and never writes into a foreign folder.
 """
 
+import csv
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mvat.audio import SAMPLE_RATE
 from mvat.files import write_text
 
 __all__ = [
+    "ROLES",
     "SPLITS",
     "Entry",
     "Manifest",
     "ManifestError",
+    "Recording",
     "check_folder",
     "claim",
     "load",
+    "recordings",
     "save",
     "summary",
 ]
 
 FORMAT = "mvat-manifest-1"
 SPLITS = ("train", "valid", "test")
-SOURCES = ("voicebank", "voices", "synthetic")
+SOURCES = ("voicebank", "voices", "synthetic", "dns")
+ROLES = ("clean", "noise", "rir")
+"""What a recording is mixed as: speech, noise, or a room impulse response that speech is convolved with."""
 _NAME = "manifest.json"
+_RECORDINGS = "recordings.csv"
+_COLUMNS = ("role", "path", "frames", "sample_rate", "channels", "group")
 _MARKER = "prepare.json"
 
 
@@ -62,17 +72,36 @@ class Entry:
     snr: float | None = None
 
 
+class Recording(NamedTuple):
+    """A file that training pairs are mixed from.
+
+    Attributes:
+        path: The file. A string: there can be hundreds of thousands.
+        frames: Samples a channel.
+        sample_rate: Samples a second.
+        channels: Number of channels.
+        group: Who speaks, which noise or which room it is, as far as names tell.
+    """
+
+    path: str
+    frames: int
+    sample_rate: int
+    channels: int
+    group: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A data set.
 
     Attributes:
         path: The manifest file.
-        source: "voicebank", "voices" or "synthetic".
-        train: Pairs to train on.
+        source: "voicebank", "voices", "synthetic" or "dns".
+        train: Pairs to train on; none where they are mixed while they are read.
         valid: Pairs to validate on; may be empty, then validation speakers are taken out of train.
         test: Pairs to report on.
         resampler: What resampled the files; None where nothing did.
+        recordings: The list of what training pairs are mixed from; None where they are files.
     """
 
     path: Path
@@ -81,6 +110,7 @@ class Manifest:
     valid: tuple[Entry, ...]
     test: tuple[Entry, ...]
     resampler: str | None = None
+    recordings: Path | None = None
 
     def split(self, name: str) -> tuple[Entry, ...]:
         """The pairs of "train", "valid" or "test".
@@ -122,17 +152,50 @@ def load(path: str | os.PathLike[str]) -> Manifest:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ManifestError(f"{path}: {len(missing)} files are missing, the first is {missing[0]}")
-    return Manifest(path, data["source"], resampler=data.get("resampler"), **splits)
+    listed = path.parent / data["recordings"] if data.get("recordings") else None
+    if listed is not None and not listed.is_file():
+        raise ManifestError(f"{path}: {listed} is missing")
+    return Manifest(path, data["source"], resampler=data.get("resampler"), recordings=listed, **splits)
 
 
-def save(folder: Path, source: str, splits: Mapping[str, Sequence[Entry]], resampler: str | None = None) -> Manifest:
+def recordings(data: Manifest) -> dict[str, list[Recording]]:
+    """What the training pairs of a manifest are mixed from, by role.
+
+    Raises:
+        ManifestError: The manifest has none, or the list is malformed.
+    """
+    path = data.recordings
+    if path is None:
+        raise ManifestError(f"{data.path}: has training pairs, nothing to mix them from")
+    found: dict[str, list[Recording]] = {role: [] for role in ROLES}
+    number = 0
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for number, (role, name, frames, rate, channels, group) in enumerate(csv.reader(file)):
+                if number:  # the first line names the columns
+                    found[role].append(Recording(name, int(frames), int(rate), int(channels), group))
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+    except (KeyError, ValueError, csv.Error) as error:
+        raise ManifestError(f"{path}:{number + 1}: expected {', '.join(_COLUMNS)} ({error})") from error
+    return found
+
+
+def save(
+    folder: Path,
+    source: str,
+    splits: Mapping[str, Sequence[Entry]],
+    resampler: str | None = None,
+    recordings: Mapping[str, Sequence[Recording]] | None = None,
+) -> Manifest:
     """Write the manifest of a folder atomically; paths inside the folder become relative.
 
     Args:
         folder: An existing folder.
-        source: "voicebank", "voices" or "synthetic".
+        source: "voicebank", "voices", "synthetic" or "dns".
         splits: The pairs of each split; a split left out is empty.
         resampler: What resampled the files, if anything did.
+        recordings: What training pairs are mixed from, by role, with absolute paths.
     """
     folder = folder.resolve()
 
@@ -146,6 +209,13 @@ def save(folder: Path, source: str, splits: Mapping[str, Sequence[Entry]], resam
 
     head = {"format": FORMAT, "source": source, "sample_rate": SAMPLE_RATE, "resampler": resampler}
     rows = {name: [row(entry) for entry in splits.get(name, ())] for name in SPLITS}
+    if recordings is not None:
+        head["recordings"] = _RECORDINGS
+        table = io.StringIO()
+        lines = csv.writer(table, lineterminator="\n")
+        lines.writerow(_COLUMNS)
+        lines.writerows([role, *recording] for role in ROLES for recording in recordings.get(role, ()))
+        write_text(folder / _RECORDINGS, table.getvalue())
     write_text(folder / _NAME, json.dumps(head | rows, indent=1) + "\n")
     return load(folder)
 
@@ -203,13 +273,25 @@ def summary(manifest: Manifest) -> str:
     for name in SPLITS:
         entries = manifest.split(name)
         minutes = sum(entry.frames for entry in entries) / SAMPLE_RATE / 60
-        speakers = ", ".join(sorted({entry.speaker for entry in entries})) or "none"
         noises = Counter(entry.noise for entry in entries if entry.noise)
-        line = f"  {name:5}  {len(entries):5} pairs  {minutes:6.1f} min  speakers: {speakers}"
+        line = f"  {name:5}  {len(entries):5} pairs  {minutes:6.1f} min  "
+        line += f"speakers: {_some(sorted({entry.speaker for entry in entries})) or 'none'}"
         if noises:
-            line += "  noises: " + ", ".join(f"{noise} {count}" for noise, count in sorted(noises.items()))
+            line += f"  noises: {_some([f'{noise} {count}' for noise, count in sorted(noises.items())])}"
         lines.append(line)
+    if manifest.recordings is not None:
+        lines.append("  training pairs are mixed from:")
+        for role, files in recordings(manifest).items():
+            hours = sum(file.frames / file.sample_rate for file in files) / 3600
+            groups = _some(sorted({file.group for file in files})) or "none"
+            lines.append(f"  {role:5}  {len(files):5} files  {hours:6.1f} h    {groups}")
     return "\n".join(lines)
+
+
+def _some(words: Sequence[str], most: int = 12) -> str:
+    """The words, or the first ones and how many more there are."""
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return ", ".join([*words[:most], *more])
 
 
 def _entries(path: Path, split: str, rows: Any) -> tuple[Entry, ...]:

@@ -16,6 +16,7 @@ __all__ = [
     "SPEECH_LEVEL",
     "TEST_SNRS",
     "TRAIN_SNRS",
+    "active_rms",
     "babble",
     "coloured",
     "coloured_noises",
@@ -25,6 +26,8 @@ __all__ = [
     "long_term_spectrum",
     "minutes_by_split",
     "mix",
+    "reverberate",
+    "row",
     "speech_shaped",
     "write_pairs",
 ]
@@ -75,6 +78,43 @@ def mix(clean: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
     return (clean + noise * (powers[0] / powers[1] * 10 ** (-snr / 20))).astype(np.float32)
 
 
+def active_rms(samples: np.ndarray) -> float:
+    """RMS of samples [T] over the active tenths of a second: those within 40 dB of the loudest one (our definition).
+
+    So neither the pauses of speech nor those of intermittent noise lower its level. A last part of less than a tenth of
+    a second does not count, unless it is all there is.
+    """
+    block = SAMPLE_RATE // 10
+    blocks = samples[: len(samples) // block * block].reshape(-1, block) if len(samples) > block else samples[None]
+    powers = np.mean(np.square(blocks, dtype=np.float64), axis=1)
+    return float(np.sqrt(powers[powers >= 1e-4 * powers.max()].mean()))
+
+
+def reverberate(speech: np.ndarray, response: np.ndarray, early: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    """Speech in a room: the whole of it, and what arrives early.
+
+    The direct sound, the strongest sample of the response, arrives without delay, so that both are aligned with the
+    speech. Early is what arrives until `early` seconds after it (our definition).
+
+    Args:
+        speech: [T].
+        response: The room's impulse response, [N], not silent.
+        early: In seconds.
+
+    Returns:
+        Float32 [T] and [T]: reverberant, early.
+    """
+    direct = int(np.argmax(np.abs(response)))
+    response = response[: direct + len(speech)]
+    total = len(speech) + len(response)
+    padded = -(-total // 4096) * 4096  # a length with small factors
+    spectrum = np.fft.rfft(speech, padded)
+    parts = (response, response[: direct + 1 + round(early * SAMPLE_RATE)])
+    whole, first = (np.fft.irfft(spectrum * np.fft.rfft(part, padded), padded) for part in parts)
+    place = slice(direct, direct + len(speech))
+    return whole[place].astype(np.float32), first[place].astype(np.float32)
+
+
 def coloured(rng: np.random.Generator, frames: int, exponent: float) -> np.ndarray:
     """Gaussian noise whose power falls as 1/f^exponent above 50 Hz, RMS 1."""
     frequencies = np.fft.rfftfreq(frames, 1 / SAMPLE_RATE)
@@ -109,12 +149,16 @@ def babble(rng: np.random.Generator, frames: int, voices: Sequence[np.ndarray], 
     """
     total = np.zeros(frames, np.float32)
     for _ in range(talkers):
-        row: list[np.ndarray] = []
-        # One utterance more than needed, so that the start can be anywhere.
-        while sum(map(len, row)) < frames + max(map(len, row), default=1):
-            row.append(voices[int(rng.integers(len(voices)))])
-        total += level(excerpt(rng, np.concatenate(row), frames))
+        total += level(excerpt(rng, row(rng, voices, frames), frames))
     return total
+
+
+def row(rng: np.random.Generator, recordings: Sequence[np.ndarray], frames: int) -> np.ndarray:
+    """Randomly chosen recordings one after the other, one more than `frames` needs: an excerpt can start anywhere."""
+    chosen: list[np.ndarray] = []
+    while sum(map(len, chosen)) < frames + max(map(len, chosen), default=1):
+        chosen.append(recordings[int(rng.integers(len(recordings)))])
+    return np.concatenate(chosen)
 
 
 def excerpt(rng: np.random.Generator, recording: np.ndarray, frames: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import nn
 
+from mvat.models import sync_batch_norm
 from train.config import OptimConfig
 
 #: How long a process waits for another one: over its share of a validation, and for one that has vanished.
@@ -56,11 +57,9 @@ def start(optim: OptimConfig) -> Accelerator:
 
 
 def share_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model on its device and, under several processes, with gradients averaged over them.
-
-    The place where batch norms would be made to share their statistics too: as it is, each process normalises by its
-    own batch, and the running statistics are those of the first process.
-    """
+    """The model on its device and, under several processes, with batch statistics and gradients of all of them."""
+    if accelerator.num_processes > 1:
+        model = sync_batch_norm(model)
     prepared = accelerator.prepare_model(model)
     # accelerate makes every forward one of mixed precision with float32 results; here the training step says where.
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)

@@ -19,7 +19,7 @@ import torch
 
 from mvat import __version__
 from mvat.files import write_text
-from train.report_runs import SHOWN, System, collect
+from train.report.runs import SHOWN, System, collect
 
 FORMAT = "mvat-results-1"
 _TABLE = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,7 +53,10 @@ def _system(system: System) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """A Markdown table: a row a system, the mean over seeds and, where there are several, lowest to highest."""
-    titles = [metric.title + metric.unit.rstrip().replace(" dB", ", dB") for metric in SHOWN.values()]
+    # Files that older versions wrote lack the later metrics.
+    there = {name for system in results["systems"] for run in system["runs"] for name in run["mean"]}
+    shown = {name: metric for name, metric in SHOWN.items() if name in there}
+    titles = [metric.title + metric.unit.rstrip().replace(" dB", ", dB") for metric in shown.values()]
     lines = [
         "| | parameters | GFLOPs | seeds | " + " | ".join(titles) + " |",
         "|---|---:|---:|---:|" + "---:|" * len(titles),
@@ -62,7 +65,9 @@ def table(results: dict[str, Any]) -> str:
         size = "" if system["parameters"] is None else f"{system['parameters'] / 1e6:.2f} M"
         cost = "" if system["gflops"] is None else f"{system['gflops']:.2f}"
         seeds = "" if system["kind"] == "noisy" else str(len(system["runs"]))
-        cells = [_cell([run["mean"][name] for run in system["runs"]], metric.digits) for name, metric in SHOWN.items()]
+        cells = [
+            _cell([run["mean"].get(name) for run in system["runs"]], metric.digits) for name, metric in shown.items()
+        ]
         lines.append(f"| {system['label']} | {size} | {cost} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

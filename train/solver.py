@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mvat.files import write_text
@@ -18,8 +17,9 @@ from train import checkpoint, processes
 from train import config as settings
 from train.config import RunConfig, differences
 from train.curves import Curves
-from train.data import Pairs
+from train.data import Pairs, Segments
 from train.loading import Loader
+from train.mixtures import Mixtures
 from train.processes import RunError, Stopped
 from train.progress import Progress, Running, row
 from train.step import Report, Step
@@ -44,8 +44,7 @@ class Solver:
         config: the resolved configuration.
         model: the model to train, freshly initialised.
         teacher: the frozen teacher, or None.
-        examples: the training set, which has a length; an item is asked for as (epoch, index) and is the pair
-            (clean, noisy), [1, data.segment_seconds] each.
+        examples: what it is trained on: its items are asked for as (epoch, index) and are (clean, noisy) [1, length].
         valid_pairs: the recordings to validate on, whole.
         kind: "teacher" or "student", for tables.
 
@@ -59,7 +58,7 @@ class Solver:
         config: RunConfig,
         model: Manner,
         teacher: Manner | None,
-        examples: Dataset,
+        examples: Segments | Mixtures,
         valid_pairs: Pairs,
         kind: str,
     ) -> None:

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DEMO_PACKAGES", "SOURCES", "Noise", "Source", "SourceUnavailable", "check_packages", "fetch", "unpack"]
+__all__ = [
+    "DEMO_PACKAGES",
+    "FULL_PACKAGES",
+    "PACKAGE_SETS",
+    "SOURCES",
+    "Noise",
+    "Source",
+    "SourceUnavailable",
+    "Voice",
+    "check_packages",
+    "fetch",
+    "unpack",
+]
 
 
 class SourceUnavailable(RuntimeError):
@@ -24,11 +36,28 @@ class Noise:
         name: Kind of noise.
         split: "train", "valid" or "test".
         files: Patterns of the files' paths.
+        joined: The files are short sounds that follow one another in random order; else each is a noise by itself.
     """
 
     name: str
     split: str
     files: tuple[str, ...]
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Recordings of one speaker.
+
+    Attributes:
+        speaker: Name in the manifest.
+        split: "train", "valid" or "test".
+        files: Patterns of the files' paths.
+    """
+
+    speaker: str
+    split: str
+    files: tuple[str, ...] = ("*.g722",)
 
 
 @dataclass(frozen=True)
@@ -38,36 +67,41 @@ class Source:
     Attributes:
         licence: Of the files used, from the package's copyright file.
         credit: Who made them.
-        speaker: Whose voice all the .g722 files are; None for a package of noises.
-        split: Where the speaker belongs.
+        voices: Recordings to use as speech; a package of voices must be there, one of noises may be missing.
         noises: Recordings to use as noise.
     """
 
     licence: str
     credit: str
-    speaker: str | None = None
-    split: str | None = None
+    voices: tuple[Voice, ...] = ()
     noises: tuple[Noise, ...] = ()
 
 
 # June Wallack's recordings have the lowest background noise beside Allison Smith's, hence the test set. The same
-# artist, and the same kind of recording (fires, rains), is never in two splits.
+# artist, and the same kind of recording (fires, rains), is never in two splits. A voice must be clean and wide-band:
+# about 35 dB and more between speech and background, energy above 4 kHz, no clipping. This leaves out
+# fillets-ng-data-cs (28 dB), fillets-ng-data-nl (clipped), asterisk-prompt-es-co and -fr-armelle (8 kHz).
 SOURCES = {
     "asterisk-core-sounds-en-g722": Source(
-        "CC-BY-SA-3.0", "Allison Smith (theivrvoice.com); contributions by Digium, Inc.", "allison", "train"
+        "CC-BY-SA-3.0",
+        "Allison Smith (theivrvoice.com); contributions by Digium, Inc.",
+        (Voice("allison", "train"),),
     ),
     "asterisk-core-sounds-es-g722": Source(
-        "CC-BY-SA-3.0", "Allison Smith (theivrvoice.com); contributions by Digium, Inc.", "allison", "train"
+        "CC-BY-SA-3.0",
+        "Allison Smith (theivrvoice.com); contributions by Digium, Inc.",
+        (Voice("allison", "train"),),
     ),
     "asterisk-core-sounds-fr-g722": Source(
         "CC-BY-SA-3.0",
         "June Wallack (junewallack.com); translated by Clod Patry, Kristopher Lalletti, June Wallack; contributions by "
         "Digium, Inc., Unlimitel, BGM Informatique",
-        "june",
-        "test",
+        (Voice("june", "test"),),
     ),
     "asterisk-core-sounds-it-g722": Source(
-        "CC-BY-3.0", "Carlo Flora (carloflora.com); translated by Silvia Petrin", "carlo", "valid"
+        "CC-BY-3.0",
+        "Carlo Flora (carloflora.com); translated by Silvia Petrin",
+        (Voice("carlo", "valid"),),
     ),
     "asterisk-moh-opsound-g722": Source(
         "CC-BY-SA-3.0",
@@ -126,8 +160,85 @@ SOURCES = {
             Noise("printer", "test", ("samples/loop_3d_printer.flac",)),
         ),
     ),
+    "asterisk-core-sounds-ru-g722": Source("CC-BY-3.0", "Maxim Topal (ivrvoice.ru)", (Voice("ivrvoice", "train"),)),
+    "festvox-ru": Source(
+        "BSD-like (free use and distribution, with notice, marked changes and authors' names)",
+        "Nickolay V. Shmyrev",
+        (Voice("nsh", "train", ("wav/*.wav",)),),
+    ),
+    "gcin-voice": Source(
+        "CC-BY-3.0 (5.ogg)", "ChionMeilin with the vocal source from Chu Lo", (Voice("chulo", "train", ("5.ogg",)),)
+    ),
+    "klettres-data": Source(
+        "GPL-2+",
+        "Anne-Marie Mahfouf and the KDE translation teams",
+        tuple(
+            Voice(f"letters-{language.lower()}", "train", (f"klettres/{language}/*/*.ogg",))
+            for language in ("de", "fr", "nds", "nl", "pt_BR", "uk")
+        ),
+    ),
+    "lincity-ng-data": Source(
+        "GPL-2+ (or, for the sounds, CC-BY-SA-2.0)",
+        "LinCity-NG team: Ingo Ruhnke, David Kamphausen, Wolfgang Becker, Matthias Braun and others",
+        noises=(
+            Noise("traffic", "train", ("sounds/Trafic*.wav", "sounds/DirtTrack*.wav"), joined=True),
+            Noise("rails", "train", ("sounds/RailTrain*.wav",), joined=True),
+            Noise("harbour", "train", ("sounds/Harbor*.wav",), joined=True),
+            Noise("machines", "train", ("sounds/Industry*.wav", "sounds/PowerCoal*.wav"), joined=True),
+            Noise("mine", "train", ("sounds/CoalMine*.wav", "sounds/OreMine*.wav"), joined=True),
+            Noise("workshop", "train", ("sounds/Blacksmith*.wav", "sounds/Recycle*.wav"), joined=True),
+            Noise("building", "train", ("sounds/Build*.wav", "sounds/MonumentConstruction*.wav"), joined=True),
+            Noise("crowd", "train", ("sounds/SportsCroud*.wav", "sounds/Market*.wav"), joined=True),
+            Noise("street", "train", ("sounds/Residential*.wav", "sounds/School*.wav"), joined=True),
+            Noise("farm", "train", ("sounds/Farm*.wav", "sounds/OrganicFarm*.wav"), joined=True),
+        ),
+    ),
+    "megaglest-data": Source(
+        "CC-BY-SA-3.0",
+        "The Glest Team (glest.org); the MegaGlest Team (megaglest.org)",
+        noises=(
+            Noise("rain", "train", tuple(f"{tiles}/sounds/rain.*" for tiles in ("autumn", "birch_forest", "desert2"))),
+            Noise("wind", "train", ("winter/sounds/wind.ogg", "desert2/sounds/day.ogg")),
+            Noise(
+                "insects",
+                "train",
+                (
+                    *(
+                        f"{tiles}/sounds/night.ogg"
+                        for tiles in ("birch_forest", "dark_forest", "fernland", "mediterran")
+                    ),
+                    "autumn/sounds/nightime.ogg",
+                ),
+            ),
+            Noise(
+                "birds",
+                "train",
+                (
+                    *(f"{tiles}/sounds/day.ogg" for tiles in ("birch_forest", "dark_forest", "fernland", "spring")),
+                    "autumn/sounds/sunny_day.ogg",
+                    "mediterran/sounds/desertday.ogg",
+                ),
+            ),
+        ),
+    ),
+    "gnome-shell-pomodoro-data": Source(
+        "GPL-3+",
+        "Kamil Prusko, Arun Mahapatra and the gnome-pomodoro contributors",
+        noises=(
+            Noise("birds", "train", ("sounds/birds.ogg",)),
+            Noise("clock", "train", ("sounds/clock.ogg", "sounds/timer.ogg")),
+        ),
+    ),
+    "bucklespring-data": Source(
+        "GPL-2+", "Ico Doornekampt", noises=(Noise("keyboard", "train", ("buckle/wav/*.wav",), joined=True),)
+    ),
 }
-"""Every package that may be used, with what is used of it. Nothing else is ever downloaded."""
+"""Every package that may be used, with what is used of it. Nothing else is ever downloaded.
+
+Some packages with voices and noises are kept for testing and so are not here: tuxpaint-stamps-default, kajongg,
+ktuberling-data, torcs-data, flightgear-data-base, unknown-horizons, btanks-data, and distant_cars of redeclipse-data.
+loop_3d_printer of sonic-pi-samples is in the test split for the same reason.
+"""
 
 DEMO_PACKAGES = (
     "asterisk-core-sounds-en-g722",
@@ -137,6 +248,12 @@ DEMO_PACKAGES = (
     "minetest-data",
 )
 """One voice a split, music, water and fire: 43 MB."""
+
+FULL_PACKAGES = tuple(SOURCES)
+"""Ten training voices and some twenty kinds of recorded noise: 670 MB."""
+
+PACKAGE_SETS = {"demo": DEMO_PACKAGES, "full": FULL_PACKAGES}
+"""What can be named in place of packages."""
 
 _log = logging.getLogger(__name__)
 _TIMEOUT = 900  # seconds for one call of apt-get
@@ -176,7 +293,7 @@ def fetch(packages: Sequence[str], cache: Path, progress: bool = True) -> dict[s
     check_packages(packages)
     cache = cache.resolve()
     # Voices first: without them nothing else is worth fetching.
-    packages = sorted(packages, key=lambda name: (SOURCES[name].speaker is None, name))
+    packages = sorted(packages, key=lambda name: (not SOURCES[name].voices, name))
     files = {name: _cached(cache, name) for name in packages}
     missing = [name for name, file in files.items() if file is None]
     if missing:
@@ -199,7 +316,7 @@ def fetch(packages: Sequence[str], cache: Path, progress: bool = True) -> dict[s
                     lines = (download.stderr + update.stderr).splitlines()
                     reason = "; ".join([line for line in lines if line.startswith("E:") or "Failed" in line][:2])
                     message = f"package {name} cannot be downloaded ({reason or 'apt-get failed'})"
-                    if SOURCES[name].speaker:
+                    if SOURCES[name].voices:
                         raise SourceUnavailable(message)
                     _log.warning("%s; left out", message)
                     continue

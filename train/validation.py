@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mvat.audio import SAMPLE_RATE
 from mvat.losses import weighted_mrstft_loss
-from mvat.metrics import Failure, Scores, score_files
+from mvat.metrics import PESQ_METRICS, Failure, Scores, score_files
 from train import processes
 from train.config import ValidConfig
 from train.data import Pairs
@@ -104,8 +104,7 @@ def _share(
     if not valid.metrics:
         return _Share(losses, {}, [], samples)
     # PESQ is slow and can crash, so it has processes of its own, which cost more than they save for the others.
-    slow = any(name.startswith("pesq") for name in valid.metrics)
-    workers = processes.own_cores() if slow else 0
+    workers = processes.own_cores() if set(PESQ_METRICS) & set(valid.metrics) else 0
     scores = score_files(scored, valid.metrics, workers, progress=False)
     if stopped():  # the signal may have reached the scoring processes too
         return None

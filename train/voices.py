@@ -27,12 +27,31 @@ from train.mixing import (
     high_pass,
     long_term_spectrum,
     minutes_by_split,
+    row,
     speech_shaped,
     write_pairs,
 )
-from train.sources import DEMO_PACKAGES, SOURCES, Noise, SourceUnavailable, check_packages, fetch, unpack
+from train.sources import (
+    DEMO_PACKAGES,
+    PACKAGE_SETS,
+    SOURCES,
+    Noise,
+    SourceUnavailable,
+    Voice,
+    check_packages,
+    fetch,
+    unpack,
+)
 
-__all__ = ["DEMO_PACKAGES", "SOURCES", "SourceUnavailable", "default_cache", "prepare_voices", "speech_pieces"]
+__all__ = [
+    "DEMO_PACKAGES",
+    "PACKAGE_SETS",
+    "SOURCES",
+    "SourceUnavailable",
+    "default_cache",
+    "prepare_voices",
+    "speech_pieces",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -79,17 +98,22 @@ def prepare_voices(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A package that is not in SOURCES, a split without a voice, or a negative amount.
+        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount, or SNRs that are not
+            finite numbers.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
         SourceUnavailable: A package cannot be downloaded or used. Nothing has been written to `out` then.
     """
     out = Path(out)
     packages = sorted(set(packages))
     check_packages(packages)
-    silent = set(manifest.SPLITS) - {SOURCES[name].split for name in packages}
+    silent = set(manifest.SPLITS) - {voice.split for name in packages for voice in SOURCES[name].voices}
     if silent:
         raise ValueError(f"the packages {', '.join(packages)} hold no voice for: {', '.join(sorted(silent))}")
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
+    if not (len(train_snrs) and len(test_snrs) and np.isfinite([*train_snrs, *test_snrs]).all()):
+        raise ValueError(
+            f"signal-to-noise ratios must be finite, at least one, not {list(train_snrs)}, {list(test_snrs)}"
+        )
     snrs = {"train": list(train_snrs), "valid": list(train_snrs), "test": list(test_snrs)}
     settings = {"source": "voices", "packages": packages, "minutes": minutes, "snrs": snrs, "seed": seed}
     done = manifest.check_folder(out, settings)
@@ -155,6 +179,7 @@ class _Recordings:
     Attributes:
         voices: Split -> speaker -> pieces of speech.
         noises: Split -> kind of noise -> recordings, high-passed.
+        joined: Kinds of noise whose recordings follow one another.
         versions: Package -> version.
         copyrights: Package -> text of its copyright file.
     """
@@ -162,6 +187,7 @@ class _Recordings:
     def __init__(self) -> None:
         self.voices: dict[str, dict[str, list[np.ndarray]]] = {split: {} for split in manifest.SPLITS}
         self.noises: dict[str, dict[str, list[np.ndarray]]] = {split: {} for split in manifest.SPLITS}
+        self.joined: set[str] = set()
         self.versions: dict[str, str] = {}
         self.copyrights: dict[str, str] = {}
 
@@ -175,15 +201,17 @@ class _Recordings:
         with tempfile.TemporaryDirectory(dir=file.parent) as name:
             folder = Path(name)
             version = unpack(file, folder)
-            if source.speaker and source.split:
-                pieces = _prompts(package, folder, progress)
-                self.voices[source.split].setdefault(source.speaker, []).extend(pieces)
+            for voice in source.voices:
+                pieces = _prompts(package, folder, voice, progress)
+                self.voices[voice.split].setdefault(voice.speaker, []).extend(pieces)
             noises = {noise: found for noise in source.noises if (found := _noise(folder, noise))}
-            if not source.speaker and not noises:
+            if not source.voices and not noises:
                 _log.warning("package %s %s holds none of its known recordings; left out", package, version)
                 return
             for noise, found in noises.items():
                 self.noises[noise.split].setdefault(noise.name, []).extend(found)
+                if noise.joined:
+                    self.joined.add(noise.name)
             notice = folder / "usr/share/doc" / package / "copyright"
             if not notice.is_file():
                 raise SourceUnavailable(f"package {package} {version} has no copyright file to go by")
@@ -191,16 +219,17 @@ class _Recordings:
             self.versions[package] = version
 
 
-def _prompts(package: str, folder: Path, progress: bool) -> list[np.ndarray]:
-    """Pieces of speech of a package of prompts."""
+def _prompts(package: str, folder: Path, voice: Voice, progress: bool) -> list[np.ndarray]:
+    """Pieces of speech of one voice of a package."""
     from tqdm import tqdm
 
-    files = sorted(file for file in folder.rglob("*.g722") if file.is_file() and not file.is_symlink())
+    found = {file for pattern in voice.files for file in folder.rglob(pattern)}
+    files = sorted(file for file in found if file.is_file() and not file.is_symlink())
     files = [file for file in files if file.stem not in _NO_SPEECH and file.parent.name != "silence"]
-    bar = tqdm(files, desc=f"decoding {package}", unit="file", disable=None if progress else True)
+    bar = tqdm(files, desc=f"decoding {voice.speaker}", unit="file", disable=None if progress else True)
     pieces = [piece for file in bar for piece in speech_pieces(_decode(file))]
     if not pieces:
-        raise SourceUnavailable(f"package {package} holds no .g722 prompts here")
+        raise SourceUnavailable(f"package {package} holds no speech of {voice.speaker} here")
     return pieces
 
 
@@ -235,11 +264,19 @@ def _decode(file: Path, seconds: float = float("inf")) -> np.ndarray:
 
 
 def _utterances(rng: np.random.Generator, voices: dict[str, list[np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Endless utterances, the speakers in turn."""
+    """Endless utterances; speakers share the time by the square root of how much there is of them.
+
+    So a long recording is heard more than a short one, which does not return too often, yet does not drown it. Taking
+    the speakers in turn instead could tie them to kinds of noise, which come in turn.
+    """
     endless = {speaker: _joined(rng, pieces) for speaker, pieces in voices.items()}
+    shares = {speaker: sum(map(len, pieces)) ** 0.5 for speaker, pieces in voices.items()}
+    spoken = dict.fromkeys(voices, 0.0)
     while True:
-        for speaker, utterances in endless.items():
-            yield speaker, next(utterances)
+        speaker = min(spoken, key=spoken.__getitem__)
+        utterance = next(endless[speaker])
+        spoken[speaker] += len(utterance) / shares[speaker]
+        yield speaker, utterance
 
 
 def _joined(rng: np.random.Generator, pieces: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -268,7 +305,13 @@ def _noises(recordings: _Recordings, split: str) -> dict[str, NoiseSource]:
     def voices_of(name: str) -> list[np.ndarray]:
         return [piece for pieces in recordings.voices[name].values() for piece in pieces]
 
-    noises = {name: recorded(files) for name, files in sorted(recordings.noises[split].items())}
+    def joined(files: list[np.ndarray]) -> NoiseSource:
+        return lambda rng, frames: excerpt(rng, row(rng, files, frames), frames)
+
+    noises = {
+        name: joined(files) if name in recordings.joined else recorded(files)
+        for name, files in sorted(recordings.noises[split].items())
+    }
     if split != "valid":  # the validation voice alone is left for babble, and it is the one that speaks
         voices = voices_of("train" if split == "train" else "valid")
         spectrum = long_term_spectrum(np.concatenate(voices))
@@ -281,9 +324,10 @@ def _licences(versions: dict[str, str]) -> str:
     rows = []
     for package, version in versions.items():
         source = SOURCES[package]
-        if source.speaker:
-            used = f"voice of {source.split} ({source.speaker})" + (", babble" if source.split != "test" else "")
-            change = "decoded from G.722, cut at pauses, joined to utterances of 2 to 6 s, levelled, mixed with noise"
+        if source.voices:
+            used = ", ".join(f"voice of {voice.split} ({voice.speaker})" for voice in source.voices)
+            used += ", babble" if any(voice.split != "test" for voice in source.voices) else ""
+            change = "decoded to 16 kHz, cut at pauses, joined to utterances of 2 to 6 s, levelled, mixed with noise"
         else:
             used = ", ".join(f"noise of {noise.split} ({noise.name})" for noise in source.noises)
             change = "decoded, made mono, resampled to 16 kHz, high-passed at 60 Hz, excerpts mixed with speech"

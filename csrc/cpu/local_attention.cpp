@@ -1,7 +1,7 @@
 // The local view on the CPU: y = x * mask, the mask from a depthwise convolution inside each chunk (mvat/kernels/local_attention.py).
 //
-// No feature is unfolded: the channels are read in groups of blocks (local_attention.h), what is left without channels in rows of
-// chunks (local_attention_mask.h). The split depends on shapes alone and every sum is merged in one order, so that the number of
+// No feature is unfolded: the channels are read in groups of blocks (local_attention_pool.h), what is left without channels in rows
+// of chunks (local_attention_mask.h). The split depends on shapes alone and every sum is merged in one order, so that the number of
 // threads changes nothing. Batch statistics are (count, mean, M2), from a reading of their own: to compute the convolution again
 // costs less than to keep it.
 #include <torch/csrc/stable/library.h>
@@ -12,172 +12,15 @@
 #include <tuple>
 #include <vector>
 
-#include "local_attention.h"
-#include "local_attention_backward.h"
-#include "local_attention_mask.h"
+#include "local_attention_pool.h"
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace {
 
 using namespace local_attention;
 
-constexpr int64_t kTile = 1024;     // samples of a product with the features
-constexpr int64_t kRun = 32;        // chunks of a row kernel
-constexpr int64_t kGroupRun = 4;    // groups that share one total of the weights' gradient
-
-// The kernels, compiled once an instruction set.
-template <typename T>
-struct Kernels {
-  void (*statistics)(const View<T>&, int64_t, Workspace<T>&, double*, double*);
-  void (*pool)(const View<T>&, int64_t, Workspace<T>&, T*, int32_t*);
-  void (*sums)(const View<T>&, int64_t, const T*, const int32_t*, Workspace<T>&, double*, double*);
-  void (*gradients)(const View<T>&, int64_t, const Gradients<T>&, Workspace<T>&, T*);
-  void (*logits)(const T*, const T*, int64_t, const T*, Rows<T>&, T*);
-  void (*sigmoid)(T*, int64_t, T, T, T);
-  void (*multiply)(const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
-  void (*product)(const T*, int64_t, const T*, int64_t, int64_t, int64_t, T*, double*);
-  void (*gate)(const T*, const T*, int64_t, int64_t, int64_t, T, T, T*, T*, Rows<T>&, double*);
-  void (*pooled)(const T*, const T*, const T*, const T*, int64_t, const T*, T, T, T, T, Rows<T>&, T*, T*, double*);
-};
-
-// I rows of kBlocks / L vectors: as many accumulators as the registers hold.
-#define MVAT_KERNELS(NAME, TARGET, T, L, I)                                                                               \
-  struct NAME {                                                                                                           \
-    TARGET static void statistics(const View<T>& v, int64_t b, Workspace<T>& w, double* m, double* m2) {                  \
-      statistics_body<I, L>(v, b, w, m, m2);                                                                              \
-    }                                                                                                                     \
-    TARGET static void pool(const View<T>& v, int64_t b, Workspace<T>& w, T* p, int32_t* i) { pool_body<I, L>(v, b, w, p, i); } \
-    TARGET static void sums(const View<T>& v, int64_t b, const T* p, const int32_t* i, Workspace<T>& w, double* s,        \
-                            double* q) {                                                                                  \
-      sums_body<I, L>(v, b, p, i, w, s, q);                                                                               \
-    }                                                                                                                     \
-    TARGET static void gradients(const View<T>& v, int64_t b, const Gradients<T>& g, Workspace<T>& w, T* d) {             \
-      gradients_body<I, L>(v, b, g, w, d);                                                                                \
-    }                                                                                                                     \
-    TARGET static void logits(const T* a, const T* m, int64_t n, const T* w, Rows<T>& r, T* z) {                          \
-      logits_body<L>(a, m, n, w, r, z);                                                                                   \
-    }                                                                                                                     \
-    TARGET static void sigmoid(T* z, int64_t n, T m, T s, T b) { sigmoid_body<L>(z, n, m, s, b); }                        \
-    TARGET static void multiply(const T* x, int64_t c, int64_t s, const T* m, int64_t n, T* y, int64_t q) {               \
-      multiply_tile(x, c, s, m, n, y, q);                                                                                 \
-    }                                                                                                                     \
-    TARGET static void product(const T* a, int64_t as, const T* b, int64_t bs, int64_t c, int64_t n, T* o, double* t) {   \
-      product_tile(a, as, b, bs, c, n, o, t);                                                                             \
-    }                                                                                                                     \
-    TARGET static void gate(const T* a, const T* d, int64_t n, int64_t p, int64_t c, T m, T r, T* z, T* g, Rows<T>& w,    \
-                            double* s) {                                                                                  \
-      gate_body<L>(a, d, n, p, c, m, r, z, g, w, s);                                                                      \
-    }                                                                                                                     \
-    TARGET static void pooled(const T* a, const T* m, const T* g, const T* z, int64_t n, const T* w, T s, T c, T l, T h,  \
-                              Rows<T>& r, T* da, T* dm, double* dw) {                                                     \
-      pooled_body<L>(a, m, g, z, n, w, s, c, l, h, r, da, dm, dw);                                                        \
-    }                                                                                                                     \
-    static constexpr Kernels<T> all() {                                                                                   \
-      return {statistics, pool, sums, gradients, logits, sigmoid, multiply, product, gate, pooled};                       \
-    }                                                                                                                     \
-  };
-
-MVAT_KERNELS(Plain, , float, 4, 2)
-MVAT_KERNELS(Exact, , double, 2, 1)  // float64 is for checks, not for speed
-#if MVAT_LEVELS
-MVAT_KERNELS(Level3, MVAT_V3, float, 8, 4)
-MVAT_KERNELS(Level4, MVAT_V4, float, 16, 8)
-#endif
-#undef MVAT_KERNELS
-
-template <typename T>
-Kernels<T> kernels() {
-  if constexpr (std::is_same_v<T, double>) return Exact::all();
-#if MVAT_LEVELS
-  else if (machine_level() == 4) return Level4::all();
-  else if (machine_level() == 3) return Level3::all();
-#endif
-  else return Plain::all();
-}
-
-// The sizes of a call, and its loops over the clips' parts.
-struct Sizes {
-  int64_t batch, channels, length, half, chunks, taps, mask_taps;
-
-  Sizes(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment)
-      : batch(x.size(0)), channels(x.size(1)), length(x.size(2)), half(segment / 2), chunks((length + segment) / half + 1),
-        taps(depthwise.size(2)), mask_taps(conv.size(2)) {}
-
-  int64_t segment() const { return 2 * half; }
-  int64_t plane() const { return chunks * segment(); }
-  int64_t groups() const { return (chunks + kBlocks) / kBlocks; }           // of the chunks + 1 blocks
-  int64_t owners() const { return (chunks + kBlocks - 3) / (kBlocks - 2); }  // of the blocks 1 to chunks, by their owners
-  int64_t owner_runs() const { return (owners() + kGroupRun - 1) / kGroupRun; }
-  int64_t runs() const { return (chunks + kRun - 1) / kRun; }
-  double count() const { return double(batch) * double(plane()); }  // of the values that a mean and a variance are taken of
-};
-
-// Calls work(clip, part, space) for every part of every clip; one space a thread.
-template <typename Space, typename Work>
-void each(int64_t clips, int64_t parts, const Work& work, const Space& make) {
-  torch::stable::parallel_for(0, clips * parts, 1, [&](int64_t begin, int64_t end) {
-    auto space = make();
-    for (int64_t i = begin; i < end; i++) work(i / parts, i % parts, space);
-  });
-}
-
-template <typename T>
-View<T> view_of(const Sizes& sizes, const Tensor& x, const Tensor& depthwise) {
-  View<T> view{};
-  view.channels = sizes.channels, view.length = sizes.length, view.half = sizes.half;
-  view.chunks = sizes.chunks, view.taps = sizes.taps, view.stride = x.stride(1);
-  view.x = x.const_data_ptr<T>(), view.weight = depthwise.const_data_ptr<T>();
-  return view;
-}
-
-template <typename T>
-View<T> clip_of(View<T> view, const Tensor& x, int64_t clip) {
-  view.x += clip * x.stride(0);
-  return view;
-}
-
-// (count, mean, M2) of several parts put together, one after the other (Chan, Golub & LeVeque).
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  void add(double n, double other_mean, double other_m2) {
-    if (n == 0) return;
-    const double delta = other_mean - mean, total = count + n;
-    mean += delta * (n / total);
-    m2 += other_m2 + delta * delta * (count * (n / total));
-    count = total;
-  }
-  double variance() const { return m2 / count; }
-};
-
-// norm1's factors: v = (u - mean) * scale + bias.
-template <typename T>
-std::vector<T> scales(const T* weight, const T* variance, int64_t channels, double eps) {
-  std::vector<T> scale(channels);
-  for (int64_t c = 0; c < channels; c++) scale[c] = T(double(weight[c]) / std::sqrt(double(variance[c]) + eps));
-  return scale;
-}
-
-template <typename T>
-void batch_statistics(const Sizes& sizes, const Kernels<T>& run, const View<T>& view, const Tensor& x, T* mean, T* variance) {
-  const int64_t n = sizes.channels, groups = sizes.groups();
-  std::vector<double> parts(sizes.batch * groups * 2 * n);
-  each(sizes.batch, groups, [&](int64_t clip, int64_t group, Workspace<T>& space) {
-    double* part = parts.data() + (clip * groups + group) * 2 * n;
-    run.statistics(clip_of(view, x, clip), group * kBlocks, space, part, part + n);
-  }, [&] { return Workspace<T>(sizes.half, sizes.taps, false); });
-  for (int64_t c = 0; c < n; c++) {
-    Moments moments;
-    for (int64_t i = 0; i < sizes.batch * groups; i++) {
-      const double* part = parts.data() + i * 2 * n;
-      moments.add(double(halves(view, i % groups * kBlocks) * sizes.half), part[c], part[n + c]);
-    }
-    mean[c] = T(moments.mean);
-    variance[c] = T(moments.variance());
-  }
-}
+constexpr int64_t kTile = 1024;  // samples of a product with the features
 
 template <typename T>
 void mask_statistics(const Sizes& sizes, const T* logits, T* mean, T* variance) {
@@ -226,11 +69,8 @@ void forward(const Sizes& sizes, const Arguments& in, Results& out) {
     mean[n] = *in.mean2.const_data_ptr<T>();
     variance[n] = *in.var2.const_data_ptr<T>();
   }
-  const std::vector<T> scale = scales(in.weight1.const_data_ptr<T>(), variance, n, in.eps1);
-  view.mean = mean, view.scale = scale.data(), view.bias = in.bias1.const_data_ptr<T>();
-  each(sizes.batch, sizes.groups(), [&](int64_t clip, int64_t group, Workspace<T>& space) {
-    run.pool(clip_of(view, in.x, clip), group * kBlocks, space, pooled + clip * 2 * plane, index + clip * plane);
-  }, [&] { return Workspace<T>(sizes.half, sizes.taps, false); });
+  const std::vector<T> scale = use_norm(view, in.weight1, in.bias1, mean, variance, in.eps1);
+  pool(sizes, run, view, in.x, pooled, index);
 
   const T* conv = in.conv.const_data_ptr<T>();
   each(sizes.batch, sizes.runs(), [&](int64_t clip, int64_t part, Rows<T>& rows) {
@@ -320,58 +160,67 @@ void mask_backward(const Sizes& sizes, const Kernels<T>& run, const Saved& in, G
 template <typename T>
 void backward(const Sizes& sizes, const Saved& in, Gradient& out) {
   const Kernels<T> run = kernels<T>();
-  const int64_t n = sizes.channels, plane = sizes.plane(), taps = sizes.taps;
+  const int64_t n = sizes.channels;
   const T *mean = in.statistics.const_data_ptr<T>(), *variance = mean + n + 1;
   const int32_t* index = in.index.const_data_ptr<int32_t>();
-  Scratch<T> mask(sizes.batch * sizes.length), dpooled(sizes.batch * 2 * plane);
+  Scratch<T> mask(sizes.batch * sizes.length), dpooled(sizes.batch * 2 * sizes.plane());
   mask_backward(sizes, run, in, out, mask.get(), dpooled.get());
 
   View<T> view = view_of<T>(sizes, in.x, in.depthwise);
-  const std::vector<T> scale = scales(in.weight1.const_data_ptr<T>(), variance, n, in.eps1);
-  view.mean = mean, view.scale = scale.data(), view.bias = in.bias1.const_data_ptr<T>();
-  const int64_t groups = sizes.groups();
-  std::vector<double> sums(sizes.batch * groups * 2 * n);
-  each(sizes.batch, groups, [&](int64_t clip, int64_t group, Workspace<T>& space) {
-    double* part = sums.data() + (clip * groups + group) * 2 * n;
-    run.sums(clip_of(view, in.x, clip), group * kBlocks, dpooled.get() + clip * 2 * plane, index + clip * plane, space, part,
-             part + n);
-  }, [&] { return Workspace<T>(sizes.half, taps, true); });
+  const std::vector<T> scale = use_norm(view, in.weight1, in.bias1, mean, variance, in.eps1);
+  std::vector<double> sum, product;
+  pool_sums(sizes, run, view, in.x, dpooled.get(), index, sum, product);
   std::vector<T> constant(n), linear(n);
   for (int64_t c = 0; c < n; c++) {
-    double sum = 0, product = 0;
-    for (int64_t i = 0; i < sizes.batch * groups; i++) sum += sums[i * 2 * n + c], product += sums[(i * 2 + 1) * n + c];
     const double rstd = 1 / std::sqrt(double(variance[c]) + in.eps1);
-    out.bias1.mutable_data_ptr<T>()[c] = T(sum);
-    out.weight1.mutable_data_ptr<T>()[c] = T(product * rstd);
+    out.bias1.mutable_data_ptr<T>()[c] = T(sum[c]);
+    out.weight1.mutable_data_ptr<T>()[c] = T(product[c] * rstd);
     if (in.training && sizes.batch > 0) {
-      constant[c] = T(scale[c] * (sum / sizes.count()));
-      linear[c] = T(scale[c] * rstd * rstd * (product / sizes.count()));
+      constant[c] = T(scale[c] * (sum[c] / sizes.count()));
+      linear[c] = T(scale[c] * rstd * rstd * (product[c] / sizes.count()));
     }
   }
+  const Gradients<T> with{constant.data(), linear.data(), dpooled.get(), index, in.grad.const_data_ptr<T>(), mask.get(),
+                          in.grad.stride(1), out.x.mutable_data_ptr<T>()};
+  pool_gradients(sizes, run, view, in.x, with, in.grad.stride(0), sizes.length, out.depthwise.mutable_data_ptr<T>());
+}
 
-  const int64_t runs = sizes.owner_runs();
-  std::vector<double> parts(sizes.batch * runs * n * taps);
-  struct Space {
-    Workspace<T> work;
-    Scratch<T> total;
-  };
-  each(sizes.batch, runs, [&](int64_t clip, int64_t part, Space& space) {
-    const Gradients<T> with{constant.data(), linear.data(), dpooled.get() + clip * 2 * plane, index + clip * plane,
-                            in.grad.const_data_ptr<T>() + clip * in.grad.stride(0), mask.get() + clip * sizes.length,
-                            in.grad.stride(1), out.x.mutable_data_ptr<T>() + clip * n * sizes.length};
-    std::fill_n(space.total.get(), n * taps * kBlocks, T(0));
-    for (int64_t i = part * kGroupRun; i < std::min((part + 1) * kGroupRun, sizes.owners()); i++)
-      run.gradients(clip_of(view, in.x, clip), i * (kBlocks - 2), with, space.work, space.total.get());
-    double* target = parts.data() + (clip * runs + part) * n * taps;
-    for (int64_t k = 0; k < n * taps; k++)
-      for (int64_t l = 0; l < kBlocks; l++) target[k] += space.total.get()[k * kBlocks + l];
-  }, [&] { return Space{Workspace<T>(sizes.half, taps, true), Scratch<T>(n * taps * kBlocks)}; });
-  T* dweight = out.depthwise.mutable_data_ptr<T>();
-  for (int64_t k = 0; k < n * taps; k++) {
-    double total = 0;
-    for (int64_t i = 0; i < sizes.batch * runs; i++) total += parts[i * n * taps + k];
-    dweight[k] = T(total);
+// What the parts of the half with channels take, checked and contiguous.
+struct Pooling {
+  Tensor x, depthwise, weight, bias, mean, var;
+  double eps;
+  Sizes sizes;
+};
+
+template <typename T>
+void pool_sums(const Pooling& in, const Tensor& grad, const Tensor& index, Tensor& out) {
+  const int64_t n = in.sizes.channels;
+  const T* variance = in.var.const_data_ptr<T>();
+  View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+  const std::vector<T> scale = use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), variance, in.eps);
+  std::vector<double> sum, product;
+  pool_sums(in.sizes, kernels<T>(), view, in.x, grad.const_data_ptr<T>(), index.const_data_ptr<int32_t>(), sum, product);
+  for (int64_t c = 0; c < n; c++) {
+    out.mutable_data_ptr<T>()[c] = T(sum[c]);
+    out.mutable_data_ptr<T>()[n + c] = T(product[c] / std::sqrt(double(variance[c]) + in.eps));
   }
+}
+
+template <typename T>
+void pool_backward(const Pooling& in, const Tensor& grad, const Tensor& index, const Tensor& means, Tensor& dx, Tensor& dweight) {
+  const int64_t n = in.sizes.channels;
+  const T *variance = in.var.const_data_ptr<T>(), *mean_of = means.const_data_ptr<T>();
+  View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+  const std::vector<T> scale = use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), variance, in.eps);
+  std::vector<T> constant(n), linear(n), silence(in.sizes.length);
+  for (int64_t c = 0; c < n; c++) {
+    constant[c] = T(scale[c] * double(mean_of[c]));
+    linear[c] = T(scale[c] * double(mean_of[n + c]) / std::sqrt(double(variance[c]) + in.eps));
+  }
+  // The product with the mask is not of this half: no gradient comes past it.
+  const Gradients<T> with{constant.data(), linear.data(), grad.const_data_ptr<T>(), index.const_data_ptr<int32_t>(),
+                          silence.data(), silence.data(), 0, dx.mutable_data_ptr<T>()};
+  pool_gradients(in.sizes, kernels<T>(), view, in.x, with, 0, 0, dweight.mutable_data_ptr<T>());
 }
 
 // Features as they are where samples lie side by side, whatever the other strides; a copy otherwise.
@@ -379,13 +228,17 @@ Tensor readable(const Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
-void check(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment) {
+void check(const Tensor& x, const Tensor& depthwise, int64_t segment) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(1) >= 1, "local_attention: expected x [B, n, T] with n >= 1");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "local_attention: expected float32 or float64");
   STD_TORCH_CHECK(segment >= 2 && segment % 2 == 0, "local_attention: expected an even segment_len >= 2, got ", segment);
   STD_TORCH_CHECK(depthwise.dim() == 3 && depthwise.size(0) == x.size(1) && depthwise.size(1) == 1 && depthwise.size(2) % 2 == 1,
                   "local_attention: expected depthwise [n, 1, K], K odd");
+}
+
+void check(const Tensor& x, const Tensor& depthwise, const Tensor& conv, int64_t segment) {
+  check(x, depthwise, segment);
   STD_TORCH_CHECK(conv.dim() == 3 && conv.size(0) == 1 && conv.size(1) == 2 && conv.size(2) % 2 == 1,
                   "local_attention: expected conv [1, 2, K], K odd");
 }
@@ -403,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> local_attention_forward(
     int64_t segment, double eps1, double eps2, bool training) {
   check(x_any, depthwise, conv, segment);
   const Tensor x = readable(x_any);
-  const Sizes sizes(x, depthwise, conv, segment);
+  const Sizes sizes(x, depthwise, segment, conv.size(2));
   const ScalarType dtype = x.scalar_type();
   const int64_t n = sizes.channels, P = sizes.chunks;
   const Tensor dw = parameter("depthwise", depthwise, n * sizes.taps, dtype), w1 = parameter("weight1", weight1, n, dtype);
@@ -425,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> local_attenti
     const Tensor& statistics, int64_t segment, double eps1, double eps2, bool training) {
   check(x_any, depthwise, conv, segment);
   const Tensor x = readable(x_any);
-  const Sizes sizes(x, depthwise, conv, segment);
+  const Sizes sizes(x, depthwise, segment, conv.size(2));
   const ScalarType dtype = x.scalar_type();
   const int64_t n = sizes.channels, places = sizes.batch * sizes.plane();
   STD_TORCH_CHECK(grad_any.dim() == 3 && grad_any.size(0) == x.size(0) && grad_any.size(1) == n && grad_any.size(2) == x.size(2) &&
@@ -446,9 +299,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> local_attenti
   return {out.x, out.depthwise, out.weight1, out.bias1, out.conv, out.weight2, out.bias2};
 }
 
+Tensor local_pool_statistics(const Tensor& x_any, const Tensor& depthwise, int64_t segment) {
+  check(x_any, depthwise, segment);
+  const Tensor x = readable(x_any);
+  const Sizes sizes(x, depthwise, segment);
+  const Tensor dw = parameter("depthwise", depthwise, sizes.channels * sizes.taps, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {2, sizes.channels});
+  const auto run = [&]<typename T>(T* to) {
+    batch_statistics(sizes, kernels<T>(), view_of<T>(sizes, x, dw), x, to, to + sizes.channels);
+  };
+  x.scalar_type() == ScalarType::Float ? run(out.mutable_data_ptr<float>()) : run(out.mutable_data_ptr<double>());
+  return out;
+}
+
+Pooling pooling(const Tensor& x_any, const Tensor& depthwise, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                const Tensor& var, int64_t segment, double eps) {
+  check(x_any, depthwise, segment);
+  const Tensor x = readable(x_any);
+  const Sizes sizes(x, depthwise, segment);
+  const ScalarType dtype = x.scalar_type();
+  const int64_t n = sizes.channels;
+  return {x, parameter("depthwise", depthwise, n * sizes.taps, dtype), parameter("weight1", weight, n, dtype),
+          parameter("bias1", bias, n, dtype), parameter("mean1", mean, n, dtype), parameter("var1", var, n, dtype), eps, sizes};
+}
+
+std::tuple<Tensor, Tensor> local_pool(const Tensor& x, const Tensor& depthwise, const Tensor& weight, const Tensor& bias,
+                                      const Tensor& mean, const Tensor& var, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  Tensor pooled = torch::stable::new_empty(in.x, {in.sizes.batch, 2, in.sizes.chunks, segment});
+  Tensor index = torch::stable::new_empty(in.x, {in.sizes.batch, in.sizes.chunks, segment}, ScalarType::Int);
+  const auto run = [&]<typename T>(T* to) {
+    View<T> view = view_of<T>(in.sizes, in.x, in.depthwise);
+    const std::vector<T> scale =
+        use_norm(view, in.weight, in.bias, in.mean.const_data_ptr<T>(), in.var.const_data_ptr<T>(), in.eps);
+    pool(in.sizes, kernels<T>(), view, in.x, to, index.mutable_data_ptr<int32_t>());
+  };
+  in.x.scalar_type() == ScalarType::Float ? run(pooled.mutable_data_ptr<float>()) : run(pooled.mutable_data_ptr<double>());
+  return {pooled, index};
+}
+
+Tensor local_pool_sums(const Tensor& grad_any, const Tensor& x, const Tensor& depthwise, const Tensor& weight, const Tensor& bias,
+                       const Tensor& mean, const Tensor& var, const Tensor& index_any, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  const int64_t places = in.sizes.batch * in.sizes.plane();
+  const Tensor grad = parameter("grad", grad_any, 2 * places, in.x.scalar_type());
+  const Tensor index = parameter("index", index_any, places, ScalarType::Int);
+  Tensor out = torch::stable::new_empty(in.x, {2, in.sizes.channels});
+  in.x.scalar_type() == ScalarType::Float ? pool_sums<float>(in, grad, index, out) : pool_sums<double>(in, grad, index, out);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> local_pool_backward(const Tensor& grad_any, const Tensor& x, const Tensor& depthwise,
+                                               const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                               const Tensor& index_any, const Tensor& means_any, int64_t segment, double eps) {
+  const Pooling in = pooling(x, depthwise, weight, bias, mean, var, segment, eps);
+  const int64_t places = in.sizes.batch * in.sizes.plane(), n = in.sizes.channels;
+  const ScalarType dtype = in.x.scalar_type();
+  const Tensor grad = parameter("grad", grad_any, 2 * places, dtype);
+  const Tensor index = parameter("index", index_any, places, ScalarType::Int);
+  const Tensor means = parameter("means", means_any, 2 * n, dtype);
+  Tensor dx = torch::stable::new_empty(in.x, {in.sizes.batch, n, in.sizes.length});
+  Tensor dweight = torch::stable::new_empty(in.x, {n, 1, in.sizes.taps});
+  dtype == ScalarType::Float ? pool_backward<float>(in, grad, index, means, dx, dweight)
+                             : pool_backward<double>(in, grad, index, means, dx, dweight);
+  return {dx, dweight};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mvat, CPU, m) {
   m.impl("local_attention", TORCH_BOX(&local_attention_forward));
   m.impl("local_attention_backward", TORCH_BOX(&local_attention_backward));
+  m.impl("local_pool_statistics", TORCH_BOX(&local_pool_statistics));
+  m.impl("local_pool", TORCH_BOX(&local_pool));
+  m.impl("local_pool_sums", TORCH_BOX(&local_pool_sums));
+  m.impl("local_pool_backward", TORCH_BOX(&local_pool_backward));
 }

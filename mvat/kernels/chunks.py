@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def chunk_count(length: int, segment_len: int) -> int:
+    """P, the chunks of a signal of this length."""
+    return (length + segment_len) // (segment_len // 2) + 1
+
+
 def chunk(x: Tensor, segment_len: int) -> Tensor:
     """[..., T] to [..., P, C]: windows of the padded signal, a strided view that copies nothing but the padding."""
     return F.pad(x, (segment_len, segment_len)).unfold(-1, segment_len, segment_len // 2)

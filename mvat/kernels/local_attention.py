@@ -31,19 +31,31 @@ convolution: left to the compiler, which carries rows from step to step and spil
 anew, 11.8; each row once a step, as it is now, 10.1. For the pooling: exponentials of two, four or eight vectors step
 by step, no difference beyond 4 %. The rest of the pooling is some 40 instructions a vector, most of them SiLU.
 
+Where several processes share the norms' statistics, the half with channels runs in parts (local_pool in
+csrc/schemas.cpp), between which they exchange sums; the mask, which has no channels, is then the reference's.
+
 Source: Park et al., "MANNER", ICASSP 2022; the mask identity is ours.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvat.kernels import native
 from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter, check_segment_len
-from mvat.kernels.chunks import chunk, overlap_add
+from mvat.kernels.chunks import chunk, chunk_count, overlap_add
 from mvat.kernels.depthwise import depthwise_reference
-from mvat.kernels.norm import Norm, batch_norm_reference, check_norm
+from mvat.kernels.norm import (
+    Norm,
+    batch_norm_reference,
+    check_norm,
+    merged_statistics,
+    move_running,
+    shared_group,
+    shared_sums,
+)
 
 
 def local_attention_reference(
@@ -59,16 +71,18 @@ def local_attention_reference(
 
     The chunks are an image [B, n, P, C], whose depthwise convolution along its rows stops at the chunk's own ends.
     """
-    length = x.shape[-1]
-    kernel, kernel2 = depthwise_weight.shape[-1], conv_weight.shape[-1]
-    u = depthwise_reference(chunk(x, segment_len), depthwise_weight, padding=kernel // 2)
+    u = depthwise_reference(chunk(x, segment_len), depthwise_weight, padding=depthwise_weight.shape[-1] // 2)
     u = F.silu(batch_norm_reference(u, norm1, training))
     # amax is five times faster but splits the gradient between equal maxima: only where no gradient is asked for.
     maximum = u.max(1).values if u.requires_grad else u.amax(1)
-    pooled = torch.stack((maximum, u.mean(1)), 1)  # [B, 2, P, C]
-    a = F.conv2d(pooled, conv_weight[:, :, None], padding=(0, kernel2 // 2))
+    return _masked(x, torch.stack((maximum, u.mean(1)), 1), conv_weight, norm2, training)
+
+
+def _masked(x: Tensor, pooled: Tensor, conv_weight: Tensor, norm2: Norm, training: bool) -> Tensor:
+    """x times the mask that the pooled rows [B, 2, P, C] make."""
+    a = F.conv2d(pooled, conv_weight[:, :, None], padding=(0, conv_weight.shape[-1] // 2))
     a = torch.sigmoid(batch_norm_reference(a, norm2, training))  # [B, 1, P, C]
-    return x * (overlap_add(a, length) / 2)
+    return x * (overlap_add(a, x.shape[-1]) / 2)
 
 
 def local_attention(
@@ -87,7 +101,7 @@ def local_attention(
         depthwise_weight: [n, 1, K1], K1 odd (31 in MANNER).
         norm1: the batch norm of the n channels (`mvat.kernels.Norm`).
         conv_weight: [1, 2, K2], K2 odd (7 in MANNER); its inputs are the maximum and the mean over channels.
-        norm2: the batch norm of the single mask channel.
+        norm2: the batch norm of the single mask channel, with the same process group as norm1 or none.
         segment_len: C, the chunk's length in samples, even.
         training: True takes the statistics of the batch and updates the running ones in place.
 
@@ -97,7 +111,8 @@ def local_attention(
     Raises:
         TypeError, ValueError: for a wrong type, dtype, shape or device.
         RuntimeError: for a second derivative of the fused kernel; where the back end is "fused" and there is none; on a
-            GPU for a segment_len above 256, or for more taps than fit its kernel.
+            GPU for a segment_len above 256, for more taps than fit its kernel, or where that back end is to share the
+            norms' statistics with other processes.
     """
     op = "local_attention"
     check_features(op, "x", x, ("B", "n", "T"))
@@ -112,8 +127,12 @@ def local_attention(
             raise ValueError(f"{op}: {name} must have an odd kernel, got shape {list(weight.shape)}")
     check_norm(op, "norm1", norm1, n, x)
     check_norm(op, "norm2", norm2, 1, x)
-    if use_fused(op, x):
-        return _fused(x, depthwise_weight, Norm(*norm1), conv_weight, Norm(*norm2), segment_len, training)
+    norm1, norm2 = Norm(*norm1), Norm(*norm2)
+    group = shared_group(op, training, norm1, norm2)
+    if use_fused(op, x, None if group is None else _SHARED.get(x.device.type)):
+        if group is not None:
+            return _shared(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, group)
+        return _fused(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, training)
     return local_attention_reference(x, depthwise_weight, norm1, conv_weight, norm2, segment_len, training)
 
 
@@ -134,6 +153,57 @@ def _fused(
                 norm.running_mean.mul_(1 - norm.momentum).add_(mean[part], alpha=norm.momentum)
                 norm.running_var.mul_(1 - norm.momentum).add_(var[part], alpha=norm.momentum)
     return y
+
+
+#: Why the statistics cannot be shared by several processes in the fused kernel, for each device.
+_SHARED = {
+    device: None
+    if native.missing("local_pool", device) is None
+    else f"its kernels on {device} cannot share their statistics with other processes"
+    for device in ("cpu", "cuda")
+}
+
+
+def _shared(
+    x: Tensor,
+    depthwise: Tensor,
+    norm1: Norm,
+    conv: Tensor,
+    norm2: Norm,
+    segment_len: int,
+    group: "dist.ProcessGroup",
+) -> Tensor:
+    """In training, with the statistics of all processes: the half with channels in parts, the mask as the reference."""
+    depthwise = depthwise.to(x.dtype)
+    with torch.no_grad():
+        own = torch.ops.mvat.local_pool_statistics(x, depthwise, segment_len)
+        count = x.shape[0] * chunk_count(x.shape[2], segment_len) * segment_len
+        ((mean, var),), total = merged_statistics(group, count, own)
+        move_running(norm1, mean, var, count, total)
+    weight, bias = norm1.weight.to(x.dtype), norm1.bias.to(x.dtype)
+    pooled = _Pool.apply(x, depthwise, weight, bias, mean, var, segment_len, norm1.eps, group)
+    return _masked(x, pooled, conv.to(x.dtype), norm2, True)
+
+
+class _Pool(torch.autograd.Function):
+    """From x to the pooled rows [B, 2, P, C], the statistics of norm1 being those of all processes."""
+
+    @staticmethod
+    def forward(ctx, x, depthwise, weight, bias, mean, var, segment_len, eps, group):
+        inputs = x, depthwise, weight, bias, mean, var
+        pooled, index = torch.ops.mvat.local_pool(*inputs, segment_len, eps)
+        ctx.save_for_backward(*inputs, index)
+        ctx.rest, ctx.group = (segment_len, eps), group
+        return pooled
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *_, index = ctx.saved_tensors
+        grad = torch.stack((grad[:, 0], grad[:, 1] / x.shape[1]), 1)  # every channel has its share in the mean
+        sums = torch.ops.mvat.local_pool_sums(grad, *ctx.saved_tensors, *ctx.rest)
+        (means,), _ = shared_sums(ctx.group, index.numel(), sums)
+        dx, depthwise = torch.ops.mvat.local_pool_backward(grad, *ctx.saved_tensors, means, *ctx.rest)
+        return dx, depthwise, sums[1], sums[0], None, None, None, None, None
 
 
 register("local_attention", native.supports("local_attention", ("cpu", "cuda")))
@@ -157,7 +227,7 @@ def _backward(ctx, grad, *_):
 
 def _fake(x, depthwise, weight1, bias1, mean1, var1, conv, weight2, bias2, mean2, var2, segment_len, *_):
     batch, n, length = x.shape
-    chunks = (length + segment_len) // (segment_len // 2) + 1
+    chunks = chunk_count(length, segment_len)
     wide = weight1.dtype
     return (
         x.new_empty(x.shape),
@@ -174,3 +244,22 @@ def _fake_backward(grad, x, depthwise, weight1, bias1, conv, weight2, *_):
 
 
 native.complete("local_attention", _fake, _fake_backward, _setup_context, _backward)
+
+
+def _pool_fake(x, depthwise, weight1, bias1, mean1, var1, segment_len, eps1):
+    chunks = chunk_count(x.shape[2], segment_len)
+    rows = (x.shape[0], chunks, segment_len)
+    return x.new_empty((x.shape[0], 2, *rows[1:])), x.new_empty(rows, dtype=torch.int32)
+
+
+if native.missing("local_pool") is None:
+    torch.library.register_fake(
+        "mvat::local_pool_statistics", lambda x, depthwise, segment_len: x.new_empty((2, x.shape[1]))
+    )
+    torch.library.register_fake("mvat::local_pool", _pool_fake)
+    torch.library.register_fake("mvat::local_pool_sums", lambda grad, x, *_: x.new_empty((2, x.shape[1])))
+    torch.library.register_fake(
+        "mvat::local_pool_backward", lambda grad, x, depthwise, *_: (x.new_empty(x.shape), x.new_empty(depthwise.shape))
+    )
+    for part in ("local_pool_sums", "local_pool_backward"):
+        native.differentiable(part, native.no_second_derivative("local_attention"))

@@ -22,7 +22,17 @@ from torch import Tensor
 from mvat.kernels import native
 from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_parameter
-from mvat.kernels.norm import Norm, applied, batch_norm_reference, check_norm, norm_gradient
+from mvat.kernels.norm import (
+    Norm,
+    applied,
+    batch_norm_reference,
+    call,
+    check_norm,
+    norm_gradient,
+    shared_group,
+    shared_statistics,
+    shared_sums,
+)
 from mvat.kernels.norm_act_conv import conv_reference
 
 
@@ -107,15 +117,21 @@ def mask_gate(
     if not use_fused(op, x):
         return mask_gate_reference(x, *weights, shortcut, norm=norm, shortcut_norm=shortcut_norm, training=training)
     norm, shortcut_norm = (None if value is None else Norm(*value) for value in (norm, shortcut_norm))
-    return torch.ops.mvat.mask_gate(
+    group = shared_group(op, training, norm, shortcut_norm)
+    (statistics, shortcut_statistics), total = shared_statistics(
+        group, (norm, x, statistics), (shortcut_norm, shortcut, shortcut_statistics)
+    )
+    return call(
+        op,
+        group,
         x,
-        *applied(norm, x, training, statistics),
+        *applied(norm, x, training, statistics, total),
         torch.cat((tanh_weight, sigmoid_weight)).to(x.dtype),
         torch.cat((tanh_bias, sigmoid_bias)).to(x.dtype),
         out_weight.to(x.dtype),
         out_bias.to(x.dtype),
         shortcut,
-        *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
+        *applied(shortcut_norm, shortcut, training, shortcut_statistics, total),
         0.0 if norm is None else norm.eps,
         0.0 if shortcut_norm is None else shortcut_norm.eps,
         training,
@@ -137,6 +153,7 @@ def _fake_backward(grad, x, norm_weight, norm_bias, mean, var, gates, gates_bias
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.eps, ctx.shortcut_eps, ctx.training = inputs
+    ctx.group = None
     ctx.save_for_backward(*tensors)
 
 
@@ -146,11 +163,14 @@ def _backward(ctx, grad):
     dz, sums, *weights, shortcut_sums = torch.ops.mvat.mask_gate_backward(
         grad, *ctx.saved_tensors, ctx.eps, ctx.shortcut_eps
     )
-    dx = norm_gradient(dz, x, tuple(norm), sums, ctx.eps, ctx.training)
+    (total, shortcut_total), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums, shortcut_sums)
+    dx = norm_gradient(dz, x, tuple(norm), total, ctx.eps, ctx.training, count)
     d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
     d_shortcut, d_shortcut_norm = None, (None, None)
     if shortcut is not None:
-        d_shortcut = norm_gradient(grad, shortcut, tuple(shortcut_norm), shortcut_sums, ctx.shortcut_eps, ctx.training)
+        d_shortcut = norm_gradient(
+            grad, shortcut, tuple(shortcut_norm), shortcut_total, ctx.shortcut_eps, ctx.training, count
+        )
         if shortcut_norm[0] is not None:
             d_shortcut_norm = shortcut_sums[1], shortcut_sums[0]
     return dx, *d_norm, None, None, *weights, d_shortcut, *d_shortcut_norm, *(None,) * 5

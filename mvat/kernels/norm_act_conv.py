@@ -35,7 +35,17 @@ from mvat.kernels import native
 from mvat.kernels.backend import register, use_fused
 from mvat.kernels.checks import check_features, check_integer, check_parameter
 from mvat.kernels.depthwise import depthwise_reference
-from mvat.kernels.norm import Norm, applied, batch_norm_reference, check_norm, norm_gradient
+from mvat.kernels.norm import (
+    Norm,
+    applied,
+    batch_norm_reference,
+    call,
+    check_norm,
+    norm_gradient,
+    shared_group,
+    shared_statistics,
+    shared_sums,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -190,9 +200,13 @@ def norm_act_conv(
         check_norm(op, "norm", norm, x.shape[1], x, statistics)
     if use_fused(op, x):
         norm = None if norm is None else Norm(*norm)
-        y, gathered = torch.ops.mvat.norm_act_conv(
+        group = shared_group(op, training, norm)
+        (statistics,), total = shared_statistics(group, (norm, x, statistics))
+        y, gathered = call(
+            op,
+            group,
             x,
-            *applied(norm, x, training, statistics),
+            *applied(norm, x, training, statistics, total),
             weight.to(x.dtype),
             None if bias is None else bias.to(x.dtype),
             0.0 if norm is None else norm.eps,
@@ -259,11 +273,17 @@ def norm_act(
     if use_fused("norm_act_conv", x):
         norm = Norm(*norm)
         shortcut_norm = None if shortcut_norm is None else Norm(*shortcut_norm)
-        return torch.ops.mvat.norm_act(
+        group = shared_group(op, training, norm, shortcut_norm)
+        (statistics, shortcut_statistics), total = shared_statistics(
+            group, (norm, x, statistics), (shortcut_norm, shortcut, shortcut_statistics)
+        )
+        return call(
+            op,
+            group,
             x,
-            *applied(norm, x, training, statistics),
+            *applied(norm, x, training, statistics, total),
             shortcut,
-            *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
+            *applied(shortcut_norm, shortcut, training, shortcut_statistics, total),
             norm.eps,
             0.0 if shortcut_norm is None else shortcut_norm.eps,
             activation_index(activation),
@@ -289,7 +309,7 @@ def _conv_fake_backward(grad, x, norm_weight, norm_bias, mean, var, weight, has_
 
 def _conv_setup_context(ctx, inputs, output) -> None:
     x, *norm, weight, bias, ctx.eps = inputs[:8]
-    ctx.rest, ctx.training, ctx.has_bias = inputs[8:13], inputs[13], bias is not None
+    ctx.rest, ctx.training, ctx.has_bias, ctx.group = inputs[8:13], inputs[13], bias is not None, None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *norm, weight)
@@ -302,7 +322,8 @@ def _conv_backward(ctx, grad, _):
     dz, sums, d_weight, d_bias = torch.ops.mvat.norm_act_conv_backward(
         grad, x, *norm, weight, ctx.has_bias, ctx.eps, *ctx.rest
     )
-    dx = norm_gradient(dz, x, tuple(norm), sums, ctx.eps, ctx.training)
+    (total,), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums)
+    dx = norm_gradient(dz, x, tuple(norm), total, ctx.eps, ctx.training, count)
     d_norm = (None, None) if norm[0] is None else (sums[1], sums[0])
     return dx, *d_norm, None, None, d_weight, d_bias if ctx.has_bias else None, *(None,) * 8
 
@@ -320,6 +341,7 @@ def _act_fake_backward(grad, x, *rest):
 
 def _act_setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation, ctx.training = inputs
+    ctx.group = None
     ctx.save_for_backward(*tensors)
 
 
@@ -329,10 +351,11 @@ def _act_backward(ctx, grad):
     dz, sums, shortcut_sums = torch.ops.mvat.norm_act_backward(
         grad, *tensors, ctx.eps, ctx.shortcut_eps, ctx.activation
     )
-    dx = norm_gradient(dz, x, norm, sums, ctx.eps, ctx.training)
+    (total, shortcut_total), count = shared_sums(ctx.group, x.shape[0] * x.shape[2], sums, shortcut_sums)
+    dx = norm_gradient(dz, x, norm, total, ctx.eps, ctx.training, count)
     gradients = [dx, sums[1], sums[0], None, None, None, None, None]
     if shortcut is not None:
-        gradients[5] = norm_gradient(dz, shortcut, shortcut_norm, shortcut_sums, ctx.shortcut_eps, ctx.training)
+        gradients[5] = norm_gradient(dz, shortcut, shortcut_norm, shortcut_total, ctx.shortcut_eps, ctx.training, count)
         if shortcut_norm[0] is not None:
             gradients[6:] = shortcut_sums[1], shortcut_sums[0]
     return *gradients, *(None,) * 6

@@ -10,6 +10,7 @@ from mvat.models.blocks import (
     Views,
 )
 from mvat.models.cost import count_flops, count_parameters
+from mvat.models.distributed import SyncBatchNorm1d, sync_batch_norm
 from mvat.models.manner import Manner
 from mvat.models.presets import PRESETS
 
@@ -22,7 +23,9 @@ __all__ = [
     "MaskGate",
     "MultiView",
     "ResCon",
+    "SyncBatchNorm1d",
     "Views",
     "count_flops",
     "count_parameters",
+    "sync_batch_norm",
 ]

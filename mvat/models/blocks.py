@@ -19,6 +19,7 @@ from mvat.kernels.norm_act_conv import activation_index
 from mvat.models.folded import conv_norm, folded, ready, stacked
 
 Conv = nn.Conv1d | nn.ConvTranspose1d
+BatchNorm = nn.BatchNorm1d | nn.SyncBatchNorm
 
 
 class Views(NamedTuple):
@@ -36,27 +37,59 @@ class Raw(NamedTuple):
     statistics: Tensor | None
 
 
-def conv_stage(x: Tensor | Raw, conv: Conv, bn: nn.BatchNorm1d | None = None, activation: str = "identity") -> Raw:
+def conv_stage(x: Tensor | Raw, conv: Conv, bn: BatchNorm | None = None, activation: str = "identity") -> Raw:
     """conv(activation(bn(x))) with the modules' parameters: one stage of a chain, its output not normalised yet."""
     x = x if isinstance(x, Raw) else Raw(x, None)
+    return _stage(x, conv, None if bn is None else Norm.of(bn), activation, bn is not None and bn.training)
+
+
+def _stage(x: Raw, conv: Conv, norm: Norm | None, activation: str, training: bool) -> Raw:
     y = norm_act_conv(
         x.features,
         conv.weight,
         conv.bias,
-        norm=None if bn is None else Norm.of(bn),
+        norm=norm,
         activation=activation,
         stride=conv.stride[0],
         padding=conv.padding[0],
         groups=conv.groups,
         transposed=isinstance(conv, nn.ConvTranspose1d),
-        training=bn is not None and bn.training,
+        training=training,
         statistics=x.statistics,
         want_statistics=conv.training,
     )
     return Raw(*y) if conv.training else Raw(y, None)
 
 
-def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tensor:
+def joined_stage(branches: list[Raw], bns: list[BatchNorm], activation: str, conv: Conv) -> Raw:
+    """conv(activation(bn(x))) of branches [B, n, T] put side by side, each with a norm of its own.
+
+    The raw outputs are put together and their norms taken for one, so that neither the branches nor what they are
+    normalised to is kept.
+    """
+    if len({(type(bn), bn.momentum, bn.eps, bn.training, getattr(bn, "process_group", None)) for bn in bns}) > 1:
+        ends = [chain_end(x, bn, activation) for x, bn in zip(branches, bns, strict=True)]
+        return conv_stage(torch.cat(ends, 1), conv)
+    norms = [Norm.of(bn) for bn in bns]
+    norm = norms[0]._replace(
+        **{field: torch.cat([getattr(norm, field) for norm in norms]) for field in Norm._fields[:4]}
+    )
+    statistics = [x.statistics for x in branches if x.statistics is not None]
+    raw = Raw(
+        torch.cat([x.features for x in branches], 1),
+        torch.cat(statistics, 1) if len(statistics) == len(branches) else None,
+    )
+    y = _stage(raw, conv, norm, activation, bns[0].training)
+    if bns[0].training:  # the running statistics that have moved are those of the joined norm, a copy
+        with torch.no_grad():
+            for field in ("running_mean", "running_var"):
+                sizes = [bn.num_features for bn in bns]
+                for old, new in zip(norms, getattr(norm, field).split(sizes), strict=True):
+                    getattr(old, field).copy_(new)
+    return y
+
+
+def chain_end(x: Raw, bn: BatchNorm, activation: str = "identity") -> Tensor:
     """activation(bn(x)): the end of a chain."""
     return norm_act(x.features, Norm.of(bn), activation, training=bn.training, statistics=x.statistics)
 
@@ -64,7 +97,7 @@ def chain_end(x: Raw, bn: nn.BatchNorm1d, activation: str = "identity") -> Tenso
 def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     """A chain of one stage: convolution, batch norm where there is one, ReLU where there is one."""
     conv, *rest = stage
-    bn = rest[0] if rest and isinstance(rest[0], nn.BatchNorm1d) else None
+    bn = rest[0] if rest and isinstance(rest[0], BatchNorm) else None
     activation = "relu" if rest and isinstance(rest[-1], nn.ReLU) else "identity"
     weights = folded(stage, x, lambda stage: _fold_stage(conv, bn))
     if weights is not None:
@@ -76,7 +109,7 @@ def conv_end(x: Tensor, stage: nn.Sequential) -> Tensor:
     return y.features
 
 
-def _fold_stage(conv: Conv, bn: nn.BatchNorm1d | None) -> list[Tensor]:
+def _fold_stage(conv: Conv, bn: BatchNorm | None) -> list[Tensor]:
     weight, bias = conv_norm(conv, bn)
     return ready(weight.permute(2, 0, 1), bias)
 
@@ -351,14 +384,15 @@ class MultiView(nn.Module):
     def _merge(self, x: Tensor, views: Views, weights: list[Tensor] | None) -> Tensor:
         if weights is not None:
             return torch.ops.mvat.multi_view_merge(x, *views, *weights[2:])
-        channel, global_, local = views
-        branches = (
-            self.out_branch0(channel, "relu"),
-            self.out_branch1(global_, "relu"),
-            self.out_branch2(local, "relu"),
+        branches = self.out_branch0, self.out_branch1, self.out_branch2
+        u = joined_stage(
+            [conv_stage(view, b.conv) for view, b in zip(views, branches, strict=True)],
+            [b.bn for b in branches],
+            "relu",
+            self.conv.conv,
         )
+        shortcut = conv_stage(x, self.shortcut.conv)
         gates = self.output_tanh[0], self.output_sigmoid[0], self.gate_conv[0]
-        u, shortcut = conv_stage(torch.cat(branches, 1), self.conv.conv), conv_stage(x, self.shortcut.conv)
         return mask_gate(
             u.features,
             *[p for conv in gates for p in (conv.weight, conv.bias)],

@@ -57,7 +57,7 @@ class _Fold:
     """The tensors of one module's fold, and how to tell that they hold no more."""
 
     def __init__(self, module: nn.Module, fold: Callable[[Any], list[Tensor]]) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+        self.norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.SyncBatchNorm)]
         # (dictionary, key, object): attributes of the module's tree, looked up again without nn.Module's slow access.
         self.entries: list[tuple[dict[str, Any], str, Any]] = []
         for part in module.modules():

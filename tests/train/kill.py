@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from mvat.models import Manner, count_flops
+from tests.train.tiny import segments
 from train import checkpoint
-from train.command import segments
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
 from train.curves import NAME
 from train.data import ArrayPairs

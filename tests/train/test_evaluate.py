@@ -1,6 +1,11 @@
 """Evaluation: the noisy input and a model on a tiny data set, bad files among good ones, the command line."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +174,68 @@ def test_what_the_user_must_mend(data, checkpoint, capsys, break_it, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error.splitlines()[0]
     assert not (checkpoint.parent / "scores.json").exists()
+
+
+def test_two_processes_share_the_set(data, checkpoint, tmp_path):
+    """Three recordings, one of them bad; then a failure of the second process alone."""
+    data.test[1].noisy.write_bytes(b"")
+    alone = run(data, checkpoint.parent, checkpoint)
+    expected = json.loads((checkpoint.parent / "scores.json").read_text())
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import os, sys\nfrom train.evaluate import main\n"
+        "if __name__ == '__main__':\n"
+        "    *options, checkpoint = sys.argv[1:]\n"
+        "    print(main([*options, '--checkpoint', checkpoint]))\n"
+        "    broken = checkpoint + 'x' * int(os.environ['RANK'])\n"
+        "    print(main([*options, '--checkpoint', broken]))\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    out = tmp_path / "runs" / "shared"
+    options = [
+        "--data",
+        data.path,
+        "--out",
+        out,
+        "--metrics",
+        *METRICS,
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        checkpoint,
+    ]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, *options],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        (printed, errors), (other, silence) = (process.communicate(timeout=120) for process in started)
+    finally:
+        for process in started:
+            process.kill()
+    assert errors.startswith("error: process 1 of 2: ") and "best.ptx" in errors, errors
+    assert printed.splitlines()[1].split()[:2] == ["shared", "2"] and printed.splitlines()[-1] == "2", printed
+    assert other == "1\n2\n" and silence == "", silence
+    found = json.loads((out / "scores.json").read_text())
+    assert list(found["files"]) == list(NAMES) and found["scored"] == alone.count()
+    np.testing.assert_allclose(found["mean"]["si_sdr"], expected["mean"]["si_sdr"], atol=1e-2)  # in 16 bits
+    assert found["failed"] == expected["failed"] and len(list((out / "enhanced").iterdir())) == 2
 
 
 def test_empty_set(data, checkpoint):

@@ -189,7 +189,7 @@ import numpy as np
 import torch
 from mvat.losses import weighted_mrstft_loss
 from mvat.models import Manner
-from train.command import segments
+from tests.train.tiny import segments
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
 from train.data import ArrayPairs, Segments
 from train.solver import Solver
@@ -225,7 +225,7 @@ for i in range(16):
     clean, noisy = (torch.from_numpy(x)[None, None] for x in read(i))
     with torch.no_grad():
         alone.append(weighted_mrstft_loss(solver.model.eval()(noisy), clean, noisy).item())
-weights = sum(p.detach().double().abs().sum().item() for p in solver.model.parameters())
+weights = [value.double().abs().sum().item() for value in solver.model.state_dict().values()]
 found = {"seen": seen, "weights": weights, "validated": validated, "valid": row["valid"], "skipped": row["skipped"]}
 open(f"{sys.argv[1]}.{rank}.json", "w").write(json.dumps(found | {"alone": float(np.mean(alone))}))
 """

@@ -194,7 +194,7 @@ def test_voicebank_nan_leaves_no_manifest(tmp_path):
 def test_noisy_scores(tmp_path):
     data = prepare(corpus(tmp_path / "vbd", 16000), tmp_path / "data")
     scores = noisy_scores(data, progress=False)
-    assert list(scores) == ["pesq_wb", "stoi"] and 1 <= scores["pesq_wb"] < 4.65
+    assert list(scores) == ["pesq_wb", "stoi", "csig", "cbak", "covl", "segsnr"] and 1 <= scores["pesq_wb"] < 4.65
 
 
 def test_command_line(tmp_path, capfd):
@@ -266,10 +266,9 @@ def test_manifest_moves_with_its_folder(tmp_path):
 
 
 def test_other_packages_are_refused(tmp_path):
-    assert len(SOURCES) == 9
     for function in (
-        lambda: prepare_voices(tmp_path / "data", packages=["asterisk-core-sounds-ru-g722"], cache=tmp_path / "cache"),
-        lambda: fetch(["asterisk-moh-opsound-g722", "festvox-ru"], tmp_path / "cache"),
+        lambda: prepare_voices(tmp_path / "data", packages=["asterisk-core-sounds-xx-g722"], cache=tmp_path / "cache"),
+        lambda: fetch(["asterisk-moh-opsound-g722", "fillets-ng-data-nl"], tmp_path / "cache"),
     ):
         with pytest.raises(ValueError, match="not among the sources of voices"):
             function()
@@ -278,14 +277,46 @@ def test_other_packages_are_refused(tmp_path):
     assert listing(tmp_path) == []
 
 
-def test_no_speaker_and_no_artist_in_two_splits():
+def test_no_speaker_and_no_recording_in_two_splits():
     places: dict[str, set[str]] = {}
     for source in SOURCES.values():
-        if source.speaker:
-            places.setdefault(source.speaker, set()).add(source.split)
-    assert places == {"allison": {"train"}, "june": {"test"}, "carlo": {"valid"}}
+        for spoken in source.voices:
+            places.setdefault(spoken.speaker, set()).add(spoken.split)
+    assert places.pop("june") == {"test"} and places.pop("carlo") == {"valid"}
+    assert len(places) == 10 and all(place == {"train"} for place in places.values())
     files = [pattern for source in SOURCES.values() for noise in source.noises for pattern in noise.files]
     assert len(set(files)) == len(files)
+    assert {split for source in SOURCES.values() for noise in source.noises for split in [noise.split]} == set(
+        manifest.SPLITS
+    )
+
+
+def test_what_is_kept_for_testing_is_never_trained_on():
+    kept = {"tuxpaint-stamps-default", "kajongg", "ktuberling-data", "torcs-data", "flightgear-data-base"}
+    kept |= {"unknown-horizons", "btanks-data"}
+    assert not kept & set(SOURCES)
+    patterns = {
+        pattern: noise.split for source in SOURCES.values() for noise in source.noises for pattern in noise.files
+    }
+    assert patterns["samples/loop_3d_printer.flac"] == "test"
+    used = [pattern for pattern, split in patterns.items() if split != "test"]
+    assert not [
+        pattern
+        for pattern in used
+        for file in ("samples/loop_3d_printer.flac", "ambience/distant_cars.ogg")
+        if Path(file).match(pattern)
+    ]
+
+
+def test_speakers_share_the_time_by_the_square_root_of_their_speech():
+    second = np.ones(16000, np.float32)
+    rng = np.random.default_rng(0)
+    utterances = voices._utterances(rng, {"much": [second] * 90, "little": [second] * 10})
+    spoken = {"much": 0, "little": 0}
+    for _ in range(200):
+        speaker, samples = next(utterances)
+        spoken[speaker] += len(samples)
+    assert spoken["much"] / spoken["little"] == pytest.approx(3, rel=0.05)
 
 
 @pytest.fixture
@@ -358,6 +389,9 @@ def test_speech_pieces():
         assert speech_pieces(silence.astype(np.float32)) == []
 
 
+MORE_PACKAGES = ("gcin-voice", "bucklespring-data")
+
+
 def g722(path: Path, samples: np.ndarray) -> None:
     import av
 
@@ -376,9 +410,19 @@ def packages(tmp_path_factory) -> Path:
         pytest.skip("dpkg-deb builds the packages of this test")
     cache = tmp_path_factory.mktemp("cache")
     rng = np.random.default_rng(0)
-    for number, name in enumerate(voices.DEMO_PACKAGES):
+    for number, name in enumerate([*voices.DEMO_PACKAGES, *MORE_PACKAGES]):
         root = tmp_path_factory.mktemp("package")
-        if SOURCES[name].speaker:
+        if name == "gcin-voice":
+            for index in range(4):
+                file = root / f"usr/share/gcin-voice/ogg/{index}/5.ogg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(file, make_speech(rng, 2, voice(number)), 16000)
+        elif name == "bucklespring-data":
+            for index in range(5):
+                file = root / f"usr/share/buckle/wav/{index:02d}-0.wav"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                soundfile.write(file, 0.1 * rng.standard_normal(4410), 44100)
+        elif SOURCES[name].voices:
             for index in range(10):
                 spoken = make_speech(rng, 1 + 0.3 * index, voice(number))
                 g722(root / f"usr/share/asterisk/sounds/xx/prompt-{index}.g722", spoken)
@@ -425,3 +469,32 @@ def test_voices(tmp_path, packages):
         for one, two in zip(data.split(split), again.split(split), strict=True):
             assert one.noisy.read_bytes() == two.noisy.read_bytes()
     assert prepare_voices(out, cache=tmp_path / "no-cache", seed=1, **amount) == data
+
+
+def test_voices_of_several_speakers_and_short_sounds(tmp_path, packages, capsys):
+    amount = ["--train-minutes", "1.2", "--valid-minutes", "0", "--test-minutes", "0", "--train-snrs", "7", "9.5"]
+    command = [
+        "voices",
+        "--out",
+        str(tmp_path),
+        "--cache",
+        str(packages),
+        "--packages",
+        "demo",
+        *MORE_PACKAGES,
+        *amount,
+    ]
+    assert main(command) == 0
+    data = manifest.load(tmp_path)
+    assert {entry.speaker for entry in data.train} == {"allison", "chulo"}
+    assert {entry.snr for entry in data.train} == {7.0, 9.5}
+    keyboard = [entry for entry in data.train if entry.noise == "keyboard"]
+    assert keyboard
+    for entry in keyboard:
+        noise = audio.read(entry.noisy)[0][0] - audio.read(entry.clean)[0][0]
+        blocks = noise[: len(noise) // 1600 * 1600].reshape(-1, 1600)
+        assert blocks.std(1).min() > 0 and not np.array_equal(blocks[0], blocks[1])
+    licences = (tmp_path / "LICENSES.md").read_text()
+    assert "voice of train (chulo), babble" in licences
+    capsys.readouterr()
+    assert main([*command[:-2], "nan"]) == 2 and "signal-to-noise" in capsys.readouterr().err

@@ -6,14 +6,18 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from mvat import audio
 from mvat.models import Manner
 from train import manifest
-from train.report import main, report
-from train.report_figures import decibels
-from train.report_runs import SHOWN, collect, comparisons, lead, verdict
+from train.report import report
+from train.report.__main__ import main
+from train.report.figures import decibels
+from train.report.runs import SHOWN, collect
+from train.report.samples import shown_systems
+from train.report.words import comparisons, difference, find_baseline, lead, verdict
 from train.synthetic import make_pair
 
 VOID = {"meta", "br", "image", "path", "rect", "use"}
@@ -151,8 +155,10 @@ def test_page_shows_everything_there_is(full):
     page = Page(text)
     for heading in (
         "Scores",
+        "Against “noisy”",
         "Recording by recording",
         "Training",
+        "How training went",
         "Listen and look",
         "Attention maps",
         "Configuration",
@@ -202,7 +208,7 @@ def test_words(experiment):
 @pytest.mark.parametrize(
     ("values", "claim"),
     [
-        ([1, 2, 3, 4], "MV-AT does not beat the student alone; it is behind in PESQ wb, STOI, ESTOI and SI-SDR"),
+        ([1, 2, 3, 4], "MV-AT does not beat the student alone; it is behind in every score"),
         ([2, 3, 4, 5], "MV-AT and the student alone do not differ"),
         ([2, 3, 4, 5.1], "MV-AT beats the student alone in every score"),
     ],
@@ -223,6 +229,126 @@ def test_seeds_are_grouped_by_label_too(tmp_path):
         write_history(tmp_path / f"student_seed{seed}", description("student", seed=seed, label=f"student_seed{seed}"))
     (system,) = collect(tmp_path)
     assert system.label == "student" and [run.seed for run in system.runs] == [0, 1]
+
+
+def test_several_experiments_on_one_page(tmp_path):
+    """Noisy input once, equal names told apart, a colour for each of twelve systems."""
+    values = [1, 2, 3, 4]
+    for experiment in ("a", "b"):
+        folder = tmp_path / "runs" / experiment
+        write_scores(folder / "noisy", description("noisy", seed=None, label="noisy"), values)
+        for run in range(6):
+            label = "plain" if run == 0 else f"{experiment} {10 - run}"
+            about = description("student", "mvat" if run > 1 else "none", label=label)
+            write_history(folder / f"run{run}", about, epochs=2 + run)
+            if run != 4:
+                write_scores(folder / f"run{run}", about, [value + run for value in values])
+    folders = [tmp_path / "runs" / name for name in "ab"]
+    systems = collect(*folders)
+    labels = ["noisy"]
+    for experiment in "ab":
+        labels += [f"{experiment} 9", f"{experiment}: plain", *(f"{experiment} {number}" for number in (5, 6, 7, 8))]
+    assert [system.label for system in systems] == labels
+    styles = [system.style for system in systems]
+    assert len(set(styles)) == 13 and styles[:4] == ["noisy", "none", "spare1", "mvat"]
+    assert "MV-AT beats" not in lead(systems) and lead(systems).startswith("8 of 10 students raise the SI-SDR")
+
+    out = tmp_path / "page.html"
+    assert main([*map(str, folders), "--baseline", "a: plain", "--out", str(out)]) == 0
+    text = out.read_text()
+    page = Page(text)
+    assert len(set(page.ids)) == len(page.ids) and "http" not in text
+    assert "<h2>Against “a: plain”</h2>" in text
+    assert "No recordings scored in both: a 6, b 6." in page.text
+    assert text.count("<details><summary><span") == 12  # how each training went, folded
+    css = text[: text.index("</style>")]
+    assert all(f"--{style}:" in css and f".{style} " in css for style in styles)
+    shown, rest = shown_systems(systems, systems[1])
+    assert [system.label for system in shown] == ["a 5", "a 7", "b 5", "b 7"] and "12 systems, 4 are shown" in rest
+    # A run by itself, beside an experiment that holds it.
+    assert len(collect(folders[0], folders[0] / "run1", folders[1] / "run1")) == 8
+    assert main([str(folders[0]), "--baseline", "nobody"]) == 2
+
+
+def test_several_folders_want_a_name_for_the_page(experiment, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(experiment / "noisy"), str(experiment / "student_seed0")]) == 0
+    assert (tmp_path / "report.html").is_file() and not (experiment / "report.html").exists()
+    with pytest.raises(ValueError, match="2 folders are given: name the file"):
+        report(experiment, experiment)
+
+
+def test_differences_from_the_baseline(tmp_path):
+    about = description("noisy", seed=None, label="noisy")
+    write_scores(tmp_path / "noisy", about, [1.0, 2.0, 3.0, 4.0])
+    write_scores(tmp_path / "student", description("student"), [2.0, 2.5, 5.0, None], failed=NAMES[3:])
+    write_scores(tmp_path / "student_mvat", description("student", "mvat"), [1.0, 2.0, 3.0, 4.004])
+    write_scores(tmp_path / "teacher", description("teacher"), [9.0] * 4, data="other/manifest.json")
+    systems = collect(tmp_path)
+    noisy, teacher, student, mvat = systems
+    assert find_baseline(systems) is noisy and find_baseline(systems, "student_mvat") is mvat
+    found = difference(noisy, student, "pesq_wb")
+    interval = scipy.stats.ttest_rel([2.0, 2.5, 5.0], [1.0, 2.0, 3.0]).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx(interval) and found.recordings == 3
+    assert difference(noisy, teacher, "pesq_wb") is None  # of another set
+    text = report(tmp_path, progress=False).read_text()
+    table = text[text.index("<h2>Against") :].split("</table>")[0]
+    rows = {re.sub("<.*?>", "", row.split("</td>")[0]): row for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL)}
+    assert "+1.17<small>± 1.90</small>" in rows["student, none"] and "<b>" not in rows["student, none"]
+    assert "<td>0.00<small>± 0.00</small>" in rows["student, mvat"] and "noisy" not in rows
+    assert "No recordings scored in both: teacher, none." in text
+
+
+def test_how_training_went_shows_whatever_was_recorded(tmp_path):
+    write_history(tmp_path / "student", description("student"), epochs=4)
+    path = tmp_path / "student" / "history.json"
+    record = json.loads(path.read_text())
+    for row in record["epochs"]:
+        row |= {
+            "skipped": row["epoch"] % 2,
+            "waiting": 0.1,
+            "gradient_norm": float("nan"),
+            "new_one": 1,
+            "note": "text",
+        }
+        row["peak_memory_gb"] = 6.25
+        row["train"]["enhancement"] = 0.5
+    del record["epochs"][1]["valid"], record["epochs"][2]["lr"]
+    path.write_text(json.dumps(record))
+    text = report(tmp_path, progress=False).read_text()
+    page = Page(text)
+    summary = "4 epochs, 40 steps, 4 s, best validation SI-SDR 9.00 dB in epoch 4, 20 s of audio a second, 6.2 GB"
+    assert f"{summary}, skipped steps: 2" in page.text
+    part = text[text.index("<h2>How training went") :].split("</section>")[0]
+    titles = (
+        "Training loss",
+        "Training loss: enhancement",
+        "Validation loss",
+        "Validation SI-SDR, dB",
+        "Learning rate",
+    )
+    for title in (
+        *titles,
+        "Seconds of audio a second",
+        "Peak memory, GB",
+        "Skipped steps",
+        "Share of time waiting for data",
+        "New one",
+        "steps",
+    ):
+        assert f">{title}</text>" in part
+    assert "Gradient norm" not in part and "note" not in part
+
+
+def test_history_of_an_older_version(tmp_path):
+    """Rows that lack everything but the epoch and a loss."""
+    (tmp_path / "student").mkdir()
+    rows = [{"epoch": epoch, "train": {"total": 1.0}} for epoch in (1, 2)]
+    record = {"format": "mvat-history-1", **description("student"), "epochs": rows}
+    (tmp_path / "student" / "history.json").write_text(json.dumps(record))
+    text = report(tmp_path, progress=False).read_text()
+    Page(text)
+    assert "2 epochs</summary>" in text and ">epochs</text>" in text
 
 
 @pytest.mark.parametrize("present", ["config", "history", "scores"])

@@ -18,7 +18,9 @@ def test_readme_holds_the_tables_of_its_committed_results(capsys):
 
 
 def test_a_table_shows_mean_and_spread_and_what_is_missing(tmp_path):
-    scores = [{"pesq_wb": 2.0 + i, "stoi": 0.9, "estoi": None, "si_sdr": 10.0} for i in (0, 1)]
+    scores = [
+        {"pesq_wb": 2.0 + i, "stoi": 0.9, "estoi": None, "si_sdr": 10.0} for i in (0, 1)
+    ]  # no CSIG: an older file
     content = {"format": results.FORMAT, "systems": [system("student", "student", *scores)]}
     (tmp_path / "r.json").write_text(json.dumps(content))
     readme = tmp_path / "README.md"

@@ -12,7 +12,7 @@ import yaml
 
 from mvat.models import Manner, count_parameters
 from tests.train.kill import curves
-from tests.train.tiny import TINY, config, solver, tensors_equal
+from tests.train.tiny import TINY, config, segments, solver, tensors_equal
 from train import checkpoint, command
 from train.config import DataConfig, OptimConfig, TransferConfig, ValidConfig, differences
 from train.data import ArrayPairs, Segments
@@ -107,11 +107,11 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_and_keep_the_last_checkpoint(
     settings = config(tmp_path / "run", 2)
     data = dataclasses.replace(settings.data, segment_seconds=0.1, stride_seconds=0.08)
     settings = dataclasses.replace(settings, data=data, optim=OptimConfig(2, 1))
-    steps = len(command.segments(pairs, settings))
+    steps = len(segments(pairs, settings))
     assert steps >= 22
     spoilt(pairs, range(steps + 2, 1000), monkeypatch)
     with pytest.raises(RunError, match=f"not finite in 20 steps in a row, up to step {steps + 22}"):
-        Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student").fit()
+        Solver(settings, Manner(**TINY), None, segments(pairs, settings), pairs, "student").fit()
     content = checkpoint.load(tmp_path / "run" / "last.pt")
     assert content["epoch"] == 1 and content["step"] == steps
     assert all(torch.isfinite(value).all() for value in content["state_dict"].values())
@@ -119,7 +119,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_and_keep_the_last_checkpoint(
 
 def test_averaged_weights_are_what_is_validated_and_loaded(tmp_path, pairs):
     settings = dataclasses.replace(config(tmp_path / "run"), optim=OptimConfig(2, 2, ema=0.9))
-    trained = Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student")
+    trained = Solver(settings, Manner(**TINY), None, segments(pairs, settings), pairs, "student")
     history = trained.fit()
     last = checkpoint.load(tmp_path / "run" / "last.pt")
     assert tensors_equal(last["state_dict"], dict(trained.step.average.model.state_dict()))
@@ -137,7 +137,7 @@ def test_a_run_that_improves_no_more_ends_early(tmp_path, pairs, monkeypatch):
     settings = dataclasses.replace(settings, valid=dataclasses.replace(settings.valid, patience=2))
 
     def make():
-        return Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student")
+        return Solver(settings, Manner(**TINY), None, segments(pairs, settings), pairs, "student")
 
     history = make().fit()
     assert [row["valid"]["loss"] for row in history] == [3.0, 1.0, 2.0, 2.0]
@@ -149,7 +149,7 @@ def test_rows_curves_and_recordings_hold_what_they_promise(tmp_path, pairs):
     settings = config(tmp_path / "run")
     settings = dataclasses.replace(settings, valid=dataclasses.replace(settings.valid, samples=2))
     settings = dataclasses.replace(settings, optim=OptimConfig(2, 1))
-    history = Solver(settings, Manner(**TINY), None, command.segments(pairs, settings), pairs, "student").fit()
+    history = Solver(settings, Manner(**TINY), None, segments(pairs, settings), pairs, "student").fit()
     keys = {"epoch", "step", "lr", "seconds", "audio_seconds_per_second", "waiting", "peak_memory_gb", "skipped"}
     assert history[0].keys() == keys | {"unreadable", "gradient_norm", "train", "valid"}
     assert history[0]["gradient_norm"] > 0 and history[0]["train"].keys() == {"total", "enhancement"}
@@ -178,8 +178,6 @@ def test_rows_curves_and_recordings_hold_what_they_promise(tmp_path, pairs):
         ({"valid": ValidConfig(metrics=["mos"])}, "valid.metrics must be some of"),
         ({"valid": ValidConfig(metrics=["stoi"])}, "valid.select"),
         ({"data": DataConfig("d", segment_seconds=0.01)}, "data.segment_seconds must be at least"),
-        ({"data": DataConfig("d", stride_seconds=0)}, "data.stride_seconds must be positive"),
-        ({"data": DataConfig("d", tempo=(1.1, 0.9))}, "data.tempo must be a positive range"),
         ({"transfer": TransferConfig("none", p=0.5)}, "p must be finite and at least 1"),
         ({"transfer": TransferConfig("none", weight=-1)}, "transfer.weight must be 0 or more"),
     ],
@@ -187,7 +185,7 @@ def test_rows_curves_and_recordings_hold_what_they_promise(tmp_path, pairs):
 def test_a_configuration_that_cannot_work_is_refused_before_anything_is_written(tmp_path, pairs, change, reason):
     wrong = dataclasses.replace(config(tmp_path / "run"), **change)
     with pytest.raises(ValueError, match=reason):
-        Solver(wrong, Manner(**TINY), None, command.segments(pairs, wrong), pairs, "student")
+        Solver(wrong, Manner(**TINY), None, segments(pairs, wrong), pairs, "student")
     assert not (tmp_path / "run").exists()
 
 

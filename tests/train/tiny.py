@@ -2,9 +2,10 @@
 
 import torch
 
+from mvat.audio import SAMPLE_RATE
 from mvat.models import Manner
-from train import command
 from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, ValidConfig
+from train.data import Segments
 from train.solver import Solver
 
 TINY = Manner(hidden=6, depth=1).config
@@ -16,10 +17,15 @@ def config(out, epochs=2, **changes) -> RunConfig:
     return RunConfig(str(out), ModelConfig(None, TINY), data, OptimConfig(epochs, 4), valid, **changes)
 
 
+def segments(pairs, settings) -> Segments:
+    lengths = (settings.data.segment_seconds, settings.data.stride_seconds)
+    return Segments(pairs, *(round(seconds * SAMPLE_RATE) for seconds in lengths))
+
+
 def solver(out, pairs, epochs=2, teacher=None, **changes) -> Solver:
     torch.manual_seed(0)
     settings = config(out, epochs, **changes)
-    return Solver(settings, Manner(**TINY), teacher, command.segments(pairs, settings), pairs, "student")
+    return Solver(settings, Manner(**TINY), teacher, segments(pairs, settings), pairs, "student")
 
 
 def tensors_equal(a, b) -> bool:

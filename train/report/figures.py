@@ -28,6 +28,7 @@ _STYLE = {
     "#060606": "var(--mvat)",
     "#070707": "var(--output)",
     "#080808": "var(--attention)",
+    **{f"#09090{i}": f"var(--spare{i})" for i in range(1, 9)},
 }
 _COLOUR = {css[6:-1]: colour for colour, css in _STYLE.items() if css.startswith("var")}
 _INK, _RULE = "#010101", _COLOUR["rule"]
@@ -55,8 +56,11 @@ _RC: Any = {
 }
 
 
+_DASHES: Any = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))
+
+
 class Curve(NamedTuple):
-    """One line of a chart: a CSS colour name (see `style`), a dash pattern by seed, and its points."""
+    """One line of a chart: the name of a colour in report.css, a dash pattern by seed, and its points."""
 
     style: str
     seed: int
@@ -64,10 +68,12 @@ class Curve(NamedTuple):
     y: Sequence[float]
 
 
-def style(kind: str, method: str) -> str:
-    """The colour of a run, as the name of a CSS variable."""
-    name = kind if kind in ("noisy", "teacher") else method
-    return name if name in _COLOUR else "none"
+class Panel(NamedTuple):
+    """One small chart of a single line."""
+
+    title: str
+    x: Sequence[float]
+    y: Sequence[float]
 
 
 def curves(title: str, lines: Sequence[Curve]) -> str:
@@ -76,7 +82,7 @@ def curves(title: str, lines: Sequence[Curve]) -> str:
         figure.set_size_inches(4.2, 2.5)
         axes = figure.add_axes((0.125, 0.19, 0.865, 0.69))
         for line in lines:
-            dashes = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))[line.seed % 4]
+            dashes = _DASHES[line.seed % len(_DASHES)]
             marker = "o" if len(line.x) == 1 else None
             axes.plot(line.x, line.y, color=_COLOUR[line.style], linestyle=dashes, marker=marker, markersize=4)
         axes.set_title(title)
@@ -84,6 +90,45 @@ def curves(title: str, lines: Sequence[Curve]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_formatter("{x:g}")
     return svg()
+
+
+def progress(label: str, panels: Sequence[Panel], x_label: str, style: str) -> str:
+    """One run's training, a small chart a quantity, four beside each other.
+
+    Args:
+        label: What is drawn, for screen readers; unlike that of every other figure of the page.
+        panels: The charts.
+        x_label: Below the lowest charts, "steps" or "epochs".
+        style: The name of the run's colour.
+    """
+    columns = 4
+    rows = -(-len(panels) // columns)
+    with _drawing(label) as (figure, svg):
+        figure.set_size_inches(11, 1.75 * rows + 0.3)
+        height = figure.get_figheight()
+        grid = figure.subplots(rows, columns, squeeze=False)
+        figure.subplots_adjust(
+            left=0.045, right=0.99, top=1 - 0.28 / height, bottom=0.5 / height, hspace=0.62, wspace=0.26
+        )
+        for place, axes in enumerate(grid.flat):
+            if place >= len(panels):
+                axes.set_visible(False)
+                continue
+            panel = panels[place]
+            marker = "o" if len(panel.x) == 1 else None
+            axes.plot(panel.x, panel.y, color=_COLOUR[style], marker=marker, markersize=4)
+            axes.set_title(panel.title)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.xaxis.set_major_formatter(_thousands)
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_formatter("{x:g}")
+            if place + columns >= len(panels):
+                axes.set_xlabel(x_label, labelpad=1)
+    return svg()
+
+
+def _thousands(value: float, position: int | None = None) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
 
 
 def paired(title: str, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, colour: str) -> str:
