@@ -1,14 +1,14 @@
 """Does attention transfer distil? One command that finds out: python -m train.study train/configs/study_pairs.yaml
 
-It trains, with as many steps each and several seeds, a teacher (or takes a given one) and students of several sizes: alone
-and taught by every method of the configuration. Each method's weight is chosen on the validation recordings, with as many
-trials for every method; then all are scored on the test set. What comes out stands in the study's folder: study.json,
-study.md, figures, and a run folder for each run, so that `python -m train.report FOLDER` shows them too.
+It trains, with as many steps each and several seeds, a teacher (or takes a given one) and students of several sizes:
+alone and taught by every method of the configuration. Each method's weight is chosen on the validation recordings, with
+as many trials for every method; then all are scored on the test set. What comes out stands in the study's folder:
+study.json, study.md, figures, and a run folder for each run, so that `python -m train.report FOLDER` shows them too.
 
 The interval of the difference to the student alone is over seeds and files at once, see train.study_statistics.
 
-Killed at any point, the same command goes on; a finished run is not done again. Keys of the configuration are options too
-(--run.optim.epochs 20); --help lists them.
+Killed at any point, the same command goes on; a finished run is not done again. Keys of the configuration are options
+too (--run.optim.epochs 20); --help lists them.
 """
 
 import os
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
     print("\n" + study_results.summary(record))
-    print(f"{config.out}/study.md, study.json and figures; {config.out}/report.html: python -m train.report {config.out}")
+    print(f"{config.out}: study.md, study.json and figures; python -m train.report {config.out} shows the runs")
     return 0
 
 

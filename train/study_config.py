@@ -1,4 +1,4 @@
-"""The configuration of a study: what is compared, on which run; read by `train.study` as a run's is by `train.command`."""
+"""The configuration of a study: what is compared, and the run it is compared on."""
 
 import dataclasses
 import inspect
@@ -155,7 +155,7 @@ def checked(config: StudyConfig) -> StudyConfig:
     for name, method in methods.items():
         _check_method(name, method)
     if [method.method for method in methods.values()].count("none") != 1:
-        raise ValueError('methods: exactly one must be {method: none}, the student alone that the others are compared with')
+        raise ValueError("methods: exactly one must be {method: none}, the student alone, to compare the others with")
     counts = {name: len(method.weights) for name, method in methods.items() if method.method != "none"}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -15,7 +14,6 @@ import torch
 from mvat import __version__
 from mvat.doctor import cpu_name
 from mvat.files import write_text
-from mvat.models import count_flops, count_parameters
 from train.evaluate import HISTORY_FORMAT, SCORES_FORMAT, read_record
 from train.report_runs import SHOWN, Metric
 from train.study_config import model_name
@@ -32,10 +30,10 @@ Choices = Mapping[tuple[int, str], tuple[float, Mapping[float, float | None]]]
 def gather(plan: Plan, choices: Choices) -> Json:
     """The record of a study, finished or not.
 
-    Keys: format, complete, date, machine, versions, config, select (the validation score that chose), files (names of the
-    test set, in the order of all lists of scores), trials, runs (each with label, kind, student, method, weight, seed,
-    steps, parameters, gflops, mean and scores by metric), systems (runs that differ in the seed alone: mean and spread,
-    difference to the student alone with its interval) and like_quality.
+    Keys: format, complete, date, machine, versions, config, select (the validation score that chose), files (names of
+    the test set, in the order of all lists of scores), trials, runs (each with label, kind, student, method, weight,
+    seed, steps, parameters, gflops, mean and scores by metric), systems (runs that differ in the seed alone: mean and
+    spread, difference to the student alone with its interval) and like_quality.
     """
     config = plan.config
     weights = {key: weight for key, (weight, _) in choices.items()}
@@ -112,17 +110,7 @@ def _validation_curves(plan: Plan, study: Json) -> dict[str, list[tuple[float, f
 
 def _of_job(job: Job, finished: Finished) -> Json:
     method = "" if job.kind == "teacher" else job.method
-    run = _run(job.config.label, job.kind, job.student, method, job.folder, job, finished)
-    run["parameters"] = count_parameters(_on_meta(job))
-    run["gflops"] = round(count_flops(job.config.model.arguments) / 1e9, 4)
-    return run
-
-
-def _on_meta(job: Job) -> torch.nn.Module:
-    from mvat.models import Manner
-
-    with torch.device("meta"):
-        return Manner(**job.config.model.arguments)
+    return _run(job.config.label, job.kind, job.student, method, job.folder, job, finished)
 
 
 def _run(
@@ -131,6 +119,9 @@ def _run(
     """A run as it stands in study.json, but for its scores, which are name -> metric -> score here."""
     diverged = finished.diverged if finished else None
     record = {} if diverged else read_record(folder / "scores.json", SCORES_FORMAT)
+    # One that diverged has no scores, but a history where it came so far.
+    history = folder / "history.json"
+    described = record or (read_record(history, HISTORY_FORMAT) if history.is_file() else {})
     transfer = job.config.transfer if job else None
     return {
         "label": label,
@@ -143,8 +134,8 @@ def _run(
         "steps": finished.steps if finished else None,
         "seconds": finished.seconds if finished else None,
         "diverged": diverged,
-        "parameters": record.get("parameters"),
-        "gflops": record.get("gflops"),
+        "parameters": described.get("parameters"),
+        "gflops": described.get("gflops"),
         "folder": folder.name,
         "data": record.get("data"),
         "unscored": len({failure["name"] for failure in record.get("failed", ())}),
@@ -166,8 +157,8 @@ def _machine() -> str:
 
 
 def summarise(runs: Sequence[Json], metrics: Sequence[str]) -> list[Json]:
-    """The runs of each label together: mean, lowest, highest and standard deviation over seeds, and the difference to the
-    student alone."""
+    """The runs of each label together: mean, lowest, highest and standard deviation over seeds, and the difference to
+    the student alone."""
     groups: dict[str, list[Json]] = {}
     for run in runs:
         groups.setdefault(run["label"], []).append(run)
@@ -198,8 +189,8 @@ def _spread(means: Sequence[float | None]) -> Json | None:
 
 
 def difference(runs: Sequence[Json], alone: Sequence[Json], metric: str) -> Json | None:
-    """The interval of runs minus those of the student alone, over the seeds that both have and the recordings that all of
-    these runs have scored; None where there are none."""
+    """The interval of runs minus those of the student alone, over the seeds that both have and the recordings that all
+    of these runs have scored; None where there are none."""
     pairs = [(a, b) for a in alone for b in runs if a["seed"] == b["seed"] and not a["diverged"] and not b["diverged"]]
     if not pairs:
         return None
@@ -215,9 +206,9 @@ def difference(runs: Sequence[Json], alone: Sequence[Json], metric: str) -> Json
 def like_quality(systems: Sequence[Json], metrics: Sequence[str]) -> Json:
     """How much smaller than the teacher a student of like quality is: our definition.
 
-    Metric -> method -> the smallest student of this method whose mean over seeds is not below the teacher's lowest seed, as
-    {"student", "parameters", "gflops"}, the last two being the teacher's over the student's; None where no student reaches
-    it. Without a teacher's score there is nothing to reach, and the metric is left out.
+    Metric -> method -> the smallest student of this method whose mean over seeds is not below the teacher's lowest
+    seed, as {"student", "parameters", "gflops"}, the last two being the teacher's over the student's; None where no
+    student reaches it. Without a teacher's score there is nothing to reach, and the metric is left out.
     """
     found: Json = {}
     teacher = next((system for system in systems if system["kind"] == "teacher"), None)
@@ -247,8 +238,8 @@ def shown(metric: str) -> Metric:
 
 
 def table(study: Json) -> str:
-    """The study's table in Markdown: a row a system; in a cell the mean over seeds (lowest to highest), and below it the
-    difference to the student alone with its 95 % interval."""
+    """The study's table in Markdown: a row a system; in a cell the mean over seeds (lowest to highest), and below it
+    the difference to the student alone with its 95 % interval."""
     metrics = study["config"]["metrics"]
     titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
     lines = [
@@ -328,8 +319,9 @@ def like_quality_table(study: Json) -> str:
 
 def summary(study: Json) -> str:
     """What the command prints at its end."""
-    lines = table(study).replace("<br>", " ") + "\n" + "\n".join(verdicts(study))
-    return f"{lines}\n\nsmallest student of like quality as the teacher, and how much smaller:\n{like_quality_table(study)}"
+    lines = [table(study).replace("<br>", " "), *verdicts(study)]
+    lines += ["", "Smallest student of the teacher's quality, and how much smaller:", like_quality_table(study)]
+    return "\n".join(lines)
 
 
 def page(study: Json, figures: Mapping[str, str]) -> str:
@@ -338,35 +330,38 @@ def page(study: Json, figures: Mapping[str, str]) -> str:
     trained = [run["steps"] for run in study["runs"] if run["kind"] != "noisy" and run["steps"]]
     steps = " to ".join(str(count) for count in sorted({min(trained), max(trained)})) if trained else "no"
     state = "" if study["complete"] else "**Not finished yet: the rows hold what has been done so far.**\n\n"
-    trials = [
-        f"| {trial['student']} | {trial['method']} | "
-        + ", ".join(f"{weight:g}: {'diverged' if score is None else format(score, '.3f')}" for weight, score in trial["scores"])
-        + f" | {trial['chosen']:g} |"
-        for trial in study["trials"]
-    ]
-    chosen = "\n".join(["| student | method | weight: score | chosen |", "|---|---|---|---:|", *trials])
+    trials = ["| student | method | weight: score | chosen |", "|---|---|---|---:|"]
+    for trial in study["trials"]:
+        scores = [
+            f"{weight:g}: {'none' if score is None else format(score, '.3f')}" for weight, score in trial["scores"]
+        ]
+        trials.append(f"| {trial['student']} | {trial['method']} | {', '.join(scores)} | {trial['chosen']:g} |")
     sentences = "\n".join(f"- {sentence}" for sentence in verdicts(study))
+    chosen = "\n".join(trials) if study["trials"] else "There was nothing to choose: every method has one candidate."
     pictures = "\n".join(f"![{caption}]({name})\n" for name, caption in figures.items())
+    trial_seeds = ", ".join(map(str, config["trials"]["seeds"]))
     return f"""# Does attention transfer distil?
 
-{state}{study["date"]}, {study["machine"]}, mvat {versions["mvat"]}, PyTorch {versions["torch"]}; data {config["run"]["data"]["path"]},
-{len(study["files"])} test recordings; {steps} training steps a run. A cell holds the mean over seeds (lowest to highest), and below it the
-difference to the student alone, of equal seed and recording, with its 95 % interval over seeds and files; no interval is corrected
-for the number of comparisons.
+{state}{study["date"]}, {study["machine"]}, mvat {versions["mvat"]}, PyTorch {versions["torch"]}.
+Data {config["run"]["data"]["path"]}, {len(study["files"])} test recordings; {steps} training steps a run.
+
+A cell holds the mean over seeds (lowest to highest), and below it the difference to the student alone of equal seed and
+recording, with its 95 % interval over seeds and files. The intervals are not corrected for the number of comparisons.
 
 {table(study)}
 {sentences}
 
 ## The weights
 
-Chosen on the validation recordings by {study["select"]}, after trials of {config["trials"]["epochs"]} epochs, with seeds {", ".join(map(str, config["trials"]["seeds"]))}.
+Chosen on the validation recordings by {study["select"]}, after trials of {config["trials"]["epochs"]} epochs with
+seed {trial_seeds}.
 
-{chosen if trials else "There was nothing to choose: every method has one candidate."}
+{chosen}
 
 ## Like quality
 
-The smallest student whose mean over seeds is not below the teacher's lowest seed, and the teacher's parameters and GFLOPs over
-its own (a definition of this project).
+The smallest student whose mean over seeds is not below the teacher's lowest seed, and the teacher's parameters and
+GFLOPs over its own (a definition of this project).
 
 {like_quality_table(study)}
 {pictures}"""

@@ -2,15 +2,15 @@
 
 The folder of a study:
 
-    teacher[_seedN]/                    a teacher's run (only scores.json where a checkpoint was given)
+    teacher_seedN/                      a teacher's run; teacher/, scores alone, where a checkpoint was given
     noisy/                              the scores of the noisy input
     student_STUDENT_METHOD_seedN/       a student's run
     trials/STUDENT_METHOD_wW_seedN/     a short run that helps to choose a weight; it is not scored on the test set
     study.json, study.md, *.svg         what came out, see train.study_results
 
-so that `python -m train.report FOLDER` finds the runs. A run folder holds finished.json once its training has ended, the
-sign that it need not be looked at again. Runs are done in this process, one after the other: a killed study leaves no
-process behind that would go on writing where the next one goes on, and no run pays for starting Python and PyTorch.
+so that `python -m train.report FOLDER` finds the runs. A run folder holds finished.json once its training has ended,
+the sign that it need not be looked at again. Runs are done in this process, one after the other: a killed study leaves
+no process behind that would go on writing where the next one goes on, and no run pays for starting Python and PyTorch.
 """
 
 import json
@@ -90,13 +90,13 @@ class Plan:
         self.out = Path(config.out)
         teacher = config.teacher
         if teacher.checkpoint is not None:
-            self._teacher_gflops = count_flops(Manner.from_pretrained(teacher.checkpoint).config) / 1e9
+            self._teacher_cost = count_flops(Manner.from_pretrained(teacher.checkpoint).config)
             self.teacher_checkpoints = [Path(teacher.checkpoint)]
         else:
             assert teacher.model is not None
-            self._teacher_gflops = count_flops(teacher.model.arguments) / 1e9
+            self._teacher_cost = count_flops(teacher.model.arguments)
             self.teacher_checkpoints = [job.folder / "best.pt" for job in self.teachers()]
-        self._gflops = [count_flops(student.arguments) / 1e9 for student in config.students]
+        self._costs = [count_flops(student.arguments) for student in config.students]
 
     def teachers(self) -> list[Job]:
         """The teachers to train; none where a checkpoint was given."""
@@ -107,7 +107,7 @@ class Plan:
         return [
             Job(
                 self._run(
-                    self.out / ("teacher" if len(seeds) == 1 else f"teacher_seed{seed}"),
+                    self.out / f"teacher_seed{seed}",
                     model,
                     seed,
                     f"teacher ({name})",
@@ -117,7 +117,7 @@ class Plan:
                 name,
                 self.config.alone,
                 False,
-                3 * self._teacher_gflops * self.config.run.optim.epochs,
+                3 * self._teacher_cost * self.config.run.optim.epochs,
             )
             for seed in seeds
         ]
@@ -163,7 +163,7 @@ class Plan:
         if trial:
             run = replace(run, optim=replace(run.optim, epochs=config.trials.epochs))
         # A backward pass costs twice its forward pass; the teacher has none.
-        a_step = 3 * self._gflops[student] + (0 if way.method == "none" else self._teacher_gflops)
+        a_step = 3 * self._costs[student] + (0 if way.method == "none" else self._teacher_cost)
         return Job(run, "student", name, method, trial, a_step * run.optim.epochs)
 
     def _run(self, folder: Path, model: ModelConfig, seed: int, label: str, transfer: TransferConfig) -> RunConfig:
