@@ -20,7 +20,7 @@ import torch
 
 from mvat import __version__
 from mvat.files import write_text
-from train import study_results
+from train import study_results, study_text
 from train.evaluate import read_record
 from train.report_runs import SHOWN, System, collect
 
@@ -93,7 +93,7 @@ def renewed(text: str, folder: Path) -> str:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
-        formats = {FORMAT: table, study_results.FORMAT: study_results.table}
+        formats = {FORMAT: table, study_results.FORMAT: study_text.readme}
         if results.get("format") not in formats:
             raise ValueError(f"{path}: is not of format {' or '.join(map(repr, formats))}")
         return match[1] + formats[results["format"]](results) + match[3]

@@ -53,7 +53,7 @@ def study(config: "StudyConfig") -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the study is finished, 2 with one line for what the user must mend."""
     # Here, not above: the scoring processes import this module again.
-    from train import study_config, study_results
+    from train import study_config, study_text
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
-    print("\n" + study_results.summary(record))
+    print("\n" + study_text.summary(record))
     print(f"{config.out}: study.md, study.json and figures; python -m train.report {config.out} shows the runs")
     return 0
 

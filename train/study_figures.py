@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from train.study_results import Json, shown
+from train.study_text import Json, shown
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _RC: Any = {
@@ -24,7 +24,7 @@ _RC: Any = {
     "grid.color": "0.85",
 }
 CAPTIONS = {
-    "intervals.svg": "Difference to the student alone, with its 95 % interval over seeds and files",
+    "intervals.svg": "Difference to the student alone, with its 95 % interval",
     "curves.svg": "Validation score over the epochs, mean over seeds",
     "quality.svg": "Scores against parameters and GFLOPs; a bar is the range of the seeds",
 }

@@ -1,4 +1,4 @@
-"""What came out of a study: study.json from the run folders, and its tables in Markdown."""
+"""What came out of a study: its record, study.json, from the run folders."""
 
 import json
 import platform
@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,13 @@ from mvat import __version__
 from mvat.doctor import cpu_name
 from mvat.files import write_text
 from train.evaluate import HISTORY_FORMAT, SCORES_FORMAT, read_record
-from train.report_runs import SHOWN, Metric
 from train.study_config import model_name
 from train.study_runs import Finished, Job, Plan, is_scored, read_finished
 from train.study_statistics import paired_interval
+from train.study_text import Json, page
 
 FORMAT = "mvat-study-1"
 
-Json = dict[str, Any]
 #: (student's place, method's name) -> chosen weight, and the candidates' scores.
 Choices = Mapping[tuple[int, str], tuple[float, Mapping[float, float | None]]]
 
@@ -227,144 +225,6 @@ def like_quality(systems: Sequence[Json], metrics: Sequence[str]) -> Json:
                     break
             found.setdefault(metric, {})[method] = reached
     return found
-
-
-# In words
-
-
-def shown(metric: str) -> Metric:
-    """How a metric is shown."""
-    return SHOWN.get(metric) or Metric(metric.replace("_", " ").upper(), 3)
-
-
-def table(study: Json) -> str:
-    """The study's table in Markdown: a row a system; in a cell the mean over seeds (lowest to highest), and below it
-    the difference to the student alone with its 95 % interval."""
-    metrics = study["config"]["metrics"]
-    titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
-    lines = [
-        "| | weight | parameters | GFLOPs | seeds | " + " | ".join(titles) + " |",
-        "|---|---:|---:|---:|---:|" + "---:|" * len(titles),
-    ]
-    for system in study["systems"]:
-        weight = "" if system["weight"] is None else f"{system['weight']:g}"
-        size = "" if system["parameters"] is None else f"{system['parameters'] / 1e6:.2f} M"
-        cost = "" if system["gflops"] is None else f"{system['gflops']:.2f}"
-        seeds = "" if system["kind"] == "noisy" else str(len(system["seeds"]))
-        seeds += f" ({len(system['diverged'])} diverged)" if system["diverged"] else ""
-        cells = [_cell(system, metric) for metric in metrics]
-        lines.append(f"| {system['label']} | {weight} | {size} | {cost} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(system: Json, metric: str) -> str:
-    scores, digits = system["scores"][metric], shown(metric).digits
-    if scores is None:
-        return ""
-    text = f"{scores['mean']:.{digits}f}"
-    if len(system["seeds"]) > 1:
-        text += f" ({scores['low']:.{digits}f} to {scores['high']:.{digits}f})"
-    found = system.get("difference", {}).get(metric)
-    return text + (f"<br>{interval_text(found, digits)}" if found else "")
-
-
-def interval_text(found: Json, digits: int) -> str:
-    """A difference with its interval, "+0.10 [-0.02, +0.22]"."""
-    text = f"{found['mean']:+.{digits}f}"
-    return text if found["low"] is None else f"{text} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
-
-
-def verdicts(study: Json) -> list[str]:
-    """A sentence a student and method: in which scores it is above or below the student alone."""
-    sentences = []
-    for system in study["systems"]:
-        by_verdict: dict[str, list[str]] = {}
-        for metric, found in system.get("difference", {}).items():
-            if found:
-                by_verdict.setdefault(found["verdict"], []).append(shown(metric).title)
-        parts = [
-            f"{word} in {', '.join(by_verdict[verdict])}"
-            for verdict, word in (
-                ("higher", "above the student alone"),
-                ("lower", "below the student alone"),
-                ("undecided", "undecided"),
-            )
-            if verdict in by_verdict
-        ]
-        if parts:
-            sentences.append(f"{system['label']}: {'; '.join(parts)}.")
-    return sentences
-
-
-def like_quality_table(study: Json) -> str:
-    """The ratios of parameters and GFLOPs at like quality, a row a method, a column a metric."""
-    found = study["like_quality"]
-    if not found:
-        return "There is no teacher's score to compare with.\n"
-    methods = next(iter(found.values()))
-    lines = [
-        "| method | " + " | ".join(shown(metric).title for metric in found) + " |",
-        "|---|" + "---|" * len(found),
-    ]
-    for method in methods:
-        cells = [
-            f"{at['student']}: {at['parameters']:.2f}x parameters, {at['gflops']:.2f}x GFLOPs"
-            if (at := found[metric][method])
-            else "not reached"
-            for metric in found
-        ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def summary(study: Json) -> str:
-    """What the command prints at its end."""
-    lines = [table(study).replace("<br>", " "), *verdicts(study)]
-    lines += ["", "Smallest student of the teacher's quality, and how much smaller:", like_quality_table(study)]
-    return "\n".join(lines)
-
-
-def page(study: Json, figures: Mapping[str, str]) -> str:
-    """study.md; `figures` holds file name -> caption."""
-    config, versions = study["config"], study["versions"]
-    trained = [run["steps"] for run in study["runs"] if run["kind"] != "noisy" and run["steps"]]
-    steps = " to ".join(str(count) for count in sorted({min(trained), max(trained)})) if trained else "no"
-    state = "" if study["complete"] else "**Not finished yet: the rows hold what has been done so far.**\n\n"
-    trials = ["| student | method | weight: score | chosen |", "|---|---|---|---:|"]
-    for trial in study["trials"]:
-        scores = [
-            f"{weight:g}: {'none' if score is None else format(score, '.3f')}" for weight, score in trial["scores"]
-        ]
-        trials.append(f"| {trial['student']} | {trial['method']} | {', '.join(scores)} | {trial['chosen']:g} |")
-    sentences = "\n".join(f"- {sentence}" for sentence in verdicts(study))
-    chosen = "\n".join(trials) if study["trials"] else "There was nothing to choose: every method has one candidate."
-    pictures = "\n".join(f"![{caption}]({name})\n" for name, caption in figures.items())
-    trial_seeds = ", ".join(map(str, config["trials"]["seeds"]))
-    return f"""# Does attention transfer distil?
-
-{state}{study["date"]}, {study["machine"]}, mvat {versions["mvat"]}, PyTorch {versions["torch"]}.
-Data {config["run"]["data"]["path"]}, {len(study["files"])} test recordings; {steps} training steps a run.
-
-A cell holds the mean over seeds (lowest to highest), and below it the difference to the student alone of equal seed and
-recording, with its 95 % interval over seeds and files. The intervals are not corrected for the number of comparisons.
-
-{table(study)}
-{sentences}
-
-## The weights
-
-Chosen on the validation recordings by {study["select"]}, after trials of {config["trials"]["epochs"]} epochs with
-seed {trial_seeds}.
-
-{chosen}
-
-## Like quality
-
-The smallest student whose mean over seeds is not below the teacher's lowest seed, and the teacher's parameters and
-GFLOPs over its own (a definition of this project).
-
-{like_quality_table(study)}
-{pictures}"""
 
 
 def dumps(study: Json) -> str:
