@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from train.study_text import Json, shown
 
@@ -82,8 +82,7 @@ def _curves(study: Json, curves: Mapping[str, Sequence[tuple[float, float]]]) ->
             points = curves.get(system["label"])
             if points and (system["kind"] == "teacher" or system["student"] == student):
                 marker = "o" if len(points) == 1 else None
-                name = "teacher" if system["kind"] == "teacher" else system["method"]
-                axes.plot(*zip(*points, strict=True), color=_colour(study, system), label=name, marker=marker)
+                axes.plot(*zip(*points, strict=True), color=_colour(study, system), label=_name(system), marker=marker)
         axes.set(title=student, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid()
@@ -97,31 +96,36 @@ def _quality(study: Json) -> Figure | None:
     if not systems:
         return None
     noisy = next(system for system in study["systems"] if system["kind"] == "noisy")
+    names = list(dict.fromkeys(_name(system) for system in systems))
     metrics = study["config"]["metrics"]
     figure = Figure((1 + 2.7 * len(metrics), 5.4), layout="constrained")
     grid = figure.subplots(2, len(metrics), sharey="col", squeeze=False)
-    for row, (key, unit, label) in zip(
-        grid, (("parameters", 1e6, "parameters, millions"), ("gflops", 1, "GFLOPs for 4 s")), strict=True
-    ):
+    costs = (("parameters", 1e6, "parameters, millions"), ("gflops", 1, "GFLOPs for 4 s"))
+    for row, (key, unit, label) in zip(grid, costs, strict=True):
+        sizes = sorted({system[key] / unit for system in systems})
+        # Side by side, or the bars of methods that agree would hide each other; together a tenth of the axis.
+        aside = (sizes[-1] / sizes[0]) ** (0.1 / len(names))
         for axes, metric in zip(row, metrics, strict=True):
             if noisy["scores"][metric]:
                 axes.axhline(noisy["scores"][metric]["mean"], color="0.5", linestyle=":", label="noisy")
-            for name in dict.fromkeys(_name(system) for system in systems):
+            for place, name in enumerate(names):
                 points = [
                     (system[key] / unit, system["scores"][metric])
                     for system in sorted(systems, key=lambda system: system[key])
                     if _name(system) == name and system["scores"][metric]
                 ]
                 colour = next(_colour(study, system) for system in systems if _name(system) == name)
+                points = [(x * aside ** (place - len(names) / 2), score) for x, score in points]
                 for x, score in points:
                     axes.plot((x, x), (score["low"], score["high"]), color=colour, alpha=0.5)
                 if points:
                     x, y = zip(*((x, score["mean"]) for x, score in points), strict=True)
                     axes.plot(x, y, "o-", color=colour, label=name, markersize=4, linewidth=1)
             axes.set_xscale("log")
+            axes.set_xticks(sizes)
+            axes.xaxis.set_major_formatter("{x:.3g}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
             axes.set_title(_title(metric))
             axes.grid()
     _legend(figure, grid[0][0])
@@ -134,7 +138,10 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 
 def _name(system: Json) -> str:
-    return "teacher" if system["kind"] == "teacher" else system["method"]
+    """What a system is called in a legend."""
+    if system["kind"] == "teacher":
+        return "teacher"
+    return "alone" if system["transfer"] == "none" else system["method"]
 
 
 def _colour(study: Json, system: Json) -> Any:

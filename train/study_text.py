@@ -45,7 +45,8 @@ def _cell(system: Json, metric: str) -> str:
 
 
 def interval_text(found: Json, digits: int) -> str:
-    """A difference with its interval, "+0.10 [-0.02, +0.22]"."""
+    """A difference with its interval, "+0.100 [-0.020, +0.220]", to one digit more than the scores."""
+    digits += 1  # a difference is smaller than what it is a difference of
     text = f"{found['mean']:+.{digits}f}"
     return text if found["low"] is None else f"{text} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
 
