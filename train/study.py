@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
         print(f"error: {reason}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     print("\n" + study_text.summary(record))
     print(f"{config.out}: study.md, study.json and figures; python -m train.report {config.out} shows the runs")

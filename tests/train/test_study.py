@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import yaml
 
-from train import report_runs, results, study, study_config, study_results, study_text
-from train.solver import DivergedError, Solver
+from train import checkpoint, report_runs, results, study, study_config, study_results, study_text
+from train.solver import DivergedError
 from train.study_runs import Plan, Runner, best_score, duration
 from train.study_statistics import paired_interval
 from train.synthetic import prepare_synthetic
@@ -60,15 +60,16 @@ class Killed(BaseException):
 def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = [str(written(tmp_path, settings(data, out)))]
-    record, epochs = Solver._record, []
+    save, epochs = checkpoint.save, []
 
-    def killed(self, row):
-        record(self, row)
-        epochs.append((self.folder.name, row["epoch"]))
-        if len(epochs) in (1, 8):  # inside a run, and after its last epoch
-            raise Killed
+    def killed(path, content):
+        save(path, content)
+        if path.name == "last.pt":
+            epochs.append((path.parent.name, content["epoch"]))
+            if len(epochs) in (1, 8):  # inside a run, and after its last epoch
+                raise Killed
 
-    monkeypatch.setattr(Solver, "_record", killed)
+    monkeypatch.setattr(checkpoint, "save", killed)
     for module in ("train.solver", "train.study_runs"):  # a third of the time, and tested on its own
         monkeypatch.setattr(f"{module}.count_flops", lambda config: 1e9 * config["hidden"])
     for _ in range(2):
