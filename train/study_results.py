@@ -48,7 +48,9 @@ def gather(plan: Plan, choices: Choices) -> Json:
     done = {run["folder"] for run in runs}
     for run in runs:
         run.pop("data", None)
-        run["scores"] = {m: [run["scores"].get(name, {}).get(m) for name in files] for m in config.metrics}
+        # Rounded before anything is made of them, so that all can be computed again from the file.
+        rows = [run["scores"].get(name, {}) for name in files]
+        run["scores"] = {metric: [_rounded(row.get(metric)) for row in rows] for metric in config.metrics}
         run["mean"] = {metric: _mean(values) for metric, values in run["scores"].items()}
     systems = summarise(runs, config.metrics)
     return {
@@ -139,6 +141,10 @@ def _run(
         "unscored": len({failure["name"] for failure in record.get("failed", ())}),
         "scores": record.get("files", {}),
     }
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None else round(score, 6)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -68,8 +68,10 @@ def verdicts(study: Json) -> list[str]:
             )
             if verdict in by_verdict
         ]
+        over = {found["over"] for found in system.get("difference", {}).values() if found}
         if parts:
-            sentences.append(f"{system['label']}: {'; '.join(parts)}.")
+            chance = " With one seed this says nothing of other seeds." if over == {"files"} else ""
+            sentences.append(f"{system['label']}: {'; '.join(parts)}.{chance}")
     return sentences
 
 
@@ -121,8 +123,8 @@ def readme(study: Json) -> str:
 
 def summary(study: Json) -> str:
     """What the command prints at its end."""
-    lines = [table(study).replace("<br>", "; "), *verdicts(study)]
-    lines += ["", "Smallest student of the teacher's quality, and how much smaller:", like_quality_table(study)]
+    lines = [note(study), table(study).replace("<br>", "; "), *verdicts(study)]
+    lines += ["", like_quality_note(), like_quality_table(study)]
     return "\n".join(lines)
 
 

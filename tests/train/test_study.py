@@ -80,7 +80,7 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     # A teacher, two trials, two methods of two seeds.
     assert "run 1 of 7: teacher (hidden7-depth1), seed 0" in shown
     assert "run 3 of 7: trial of student (hidden6-depth1), mvat, weight 0.1, seed 0" in shown and " left" in shown
-    assert "run 7 of 7" in shown and "Smallest student" in shown
+    assert "run 7 of 7" in shown and "Like quality: the smallest student" in shown
     assert len(epochs) == len(set(epochs)) == 12
     content = json.loads((out / "study.json").read_text())
     assert content["complete"] and {run["steps"] for run in content["runs"]} == {None, content["runs"][1]["steps"]}
@@ -97,6 +97,7 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     again["run"]["optim"]["epochs"] = 1
     assert study.main([str(written(tmp_path / "again", again))]) == 0
     assert "run 2 of 2: student (hidden6-depth1), at, weight 0.1, seed 3" in capsys.readouterr().out
+    assert "says nothing of other seeds" in (tmp_path / "again" / "study.md").read_text()
     found = json.loads((tmp_path / "again" / "study.json").read_text())
     assert [(s["kind"], s["seeds"]) for s in found["systems"][1:]] == [
         ("teacher", [0]),
