@@ -37,6 +37,10 @@ class RunError(ValueError):
     """A run that cannot start or go on; the message names the folder and the reason."""
 
 
+class DivergedError(RunError):
+    """A run whose loss is not finite any more; the same command would end the same way."""
+
+
 class Solver:
     """Trains one model into one run folder.
 
@@ -182,7 +186,7 @@ class Solver:
         means = {name: self.accelerator.reduce(value / steps, "mean").item() for name, value in sums.items()}
         seconds = time.perf_counter() - started
         if not all(map(math.isfinite, means.values())):
-            raise RunError(
+            raise DivergedError(
                 f"{self.folder}: the training loss of epoch {epoch} is not finite ({means}); "
                 "a lower optim.lr may help; last.pt holds the epoch before"
             )
