@@ -31,7 +31,7 @@ def report() -> tuple[str, bool]:
         ("mvat", f"{mvat.__version__} in {Path(mvat.__file__).parent}"),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
         ("PyTorch", torch.__version__),
-        ("CPU", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
+        ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
         ("GPU", _gpus()),
         ("extension", extension),
         *_packages(),
@@ -41,7 +41,8 @@ def report() -> tuple[str, bool]:
     return "\n".join([f"{name:{width}}  {text}" for name, text in rows] + ["", *_table()]), well
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

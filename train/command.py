@@ -5,7 +5,7 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,25 @@ def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
     Raises:
         ValueError: for a wrong key or value, in one line.
     """
+    values = parse_values(argv, description, lambda parser: parser.add_class_arguments(RunConfig))
+    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def parse_values(argv: Sequence[str] | None, description: str, add_arguments: Callable[[Any], object]) -> Any:
+    """What `parse` does, for any arguments: `add_arguments` is called with jsonargparse's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(description=description, exit_on_error=False)
     for file in _config_files(argv):
         _check_yaml(file)
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
-    parser.add_class_arguments(RunConfig)
+    add_arguments(parser)
     try:
-        values = parser.instantiate(parser.parse_args(argv))
+        return parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         files = _config_files(argv)
         where = f"the options, or {', '.join(files)}: " if files else ""
         raise ValueError(where + " ".join(str(error).split())) from None
-    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
 
 
 def _config_files(argv: Sequence[str] | None) -> list[str]:
@@ -95,7 +100,7 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
 
 def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     """Train as configured, "teacher" or "student"; returns the history."""
-    config = dataclasses.replace(config, model=_resolved(config.model))
+    config = dataclasses.replace(config, model=resolved(config.model))
     data = manifest.load(config.data.path)
     train, valid = split(data, config.data.valid_speakers, config.data.valid_limit)
     drawn = examples(config, data, train)
@@ -171,7 +176,7 @@ def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) ->
     return train, valid
 
 
-def _resolved(model: ModelConfig) -> ModelConfig:
+def resolved(model: ModelConfig) -> ModelConfig:
     """All arguments spelt out, so that a run's configuration does not change with a preset."""
     if model.preset is not None and model.preset not in PRESETS:
         raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {model.preset!r}")

@@ -29,6 +29,10 @@ class RunError(ValueError):
     """A run that cannot start or go on; the message names the folder and the reason."""
 
 
+class DivergedError(RunError):
+    """A run whose loss is not finite any more; the same command would end the same way."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run that was asked to stop and has saved where it stood.
 

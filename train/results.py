@@ -1,10 +1,11 @@
 """Committed results: an experiment's scores as one small JSON file, and the table that README shows of it.
 
-    python -m train.results save runs/small docs/results/small.json     one file from an experiment's folder
+    python -m train.results save runs/small docs/results/small.json     one file from an experiment's or study's folder
     python -m train.results readme README.md                            renew README's tables from the files it names
     python -m train.results check README.md                             1 if a table is not what its file says
 
-In README a table stands between `<!-- results: PATH -->` and `<!-- end -->`.
+In README a table stands between `<!-- results: PATH -->` and `<!-- end -->`. A study's file is its study.json, as
+`python -m train.study` wrote it.
 """
 
 import json
@@ -19,6 +20,8 @@ import torch
 
 from mvat import __version__
 from mvat.files import write_text
+from train import study_results, study_text
+from train.evaluate import read_record
 from train.report.runs import SHOWN, System, collect
 
 FORMAT = "mvat-results-1"
@@ -26,11 +29,13 @@ _TABLE = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.
 
 
 def gather(experiment: Path) -> dict[str, Any]:
-    """The scores of every run of an experiment, grouped by what differs in nothing but the seed.
+    """The scores of every run of an experiment, grouped by what differs in nothing but the seed; a study's own record.
 
     Raises:
         ValueError: if the folder holds no run, or a malformed file.
     """
+    if (experiment / "study.json").is_file():
+        return read_record(experiment / "study.json", study_results.FORMAT)
     systems = [_system(system) for system in collect(experiment)]
     return {"format": FORMAT, "mvat": __version__, "torch": torch.__version__, "systems": systems}
 
@@ -93,9 +98,10 @@ def renewed(text: str, folder: Path) -> str:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
-        if results.get("format") != FORMAT:
-            raise ValueError(f"{path}: is not of format {FORMAT!r}")
-        return match[1] + table(results) + match[3]
+        formats = {FORMAT: table, study_results.FORMAT: study_text.readme}
+        if results.get("format") not in formats:
+            raise ValueError(f"{path}: is not of format {' or '.join(map(repr, formats))}")
+        return match[1] + formats[results["format"]](results) + match[3]
 
     new, count = _TABLE.subn(replace, text)
     if not count:
@@ -110,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         match arguments:
             case ["save", experiment, file]:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
-                write_text(file, json.dumps(gather(Path(experiment)), indent=1) + "\n")
+                results = gather(Path(experiment))
+                is_study = results["format"] == study_results.FORMAT
+                write_text(file, study_results.dumps(results) if is_study else json.dumps(results, indent=1) + "\n")
             case ["readme" | "check" as verb, file]:
                 readme = Path(file)
                 text = readme.read_text(encoding="utf-8")

@@ -20,13 +20,13 @@ from train.curves import Curves
 from train.data import Pairs, Segments
 from train.loading import Loader
 from train.mixtures import Mixtures
-from train.processes import RunError, Stopped
+from train.processes import DivergedError, RunError, Stopped
 from train.progress import Progress, Running, row
 from train.step import Report, Step
 from train.transfer import Transfer
 from train.validation import Sample, validate
 
-__all__ = ["RunError", "Solver", "Stopped"]
+__all__ = ["DivergedError", "RunError", "Solver", "Stopped"]
 
 HISTORY_FORMAT = "mvat-history-1"
 #: What may change when a run goes on.
@@ -101,6 +101,7 @@ class Solver:
 
         Raises:
             RunError: the run cannot go on; the same command goes on from the last checkpoint once the reason is gone.
+            DivergedError where it never is, since the loss is not finite any more.
             Stopped: SIGTERM or SIGINT asked to stop; the run is saved where it stood.
         """
         try:
@@ -186,7 +187,7 @@ class Solver:
             self.curves.scalars("train", report.parts | {"lr": report.rate, "skipped": running.skipped}, report.step)
             self.curves.show()
         if progress.streak == SKIPPED:
-            raise RunError(
+            raise DivergedError(
                 f"{self.folder}: loss or gradient were not finite in {SKIPPED} steps in a row, up to step "
                 f"{report.step}, and changed nothing; a lower optim.lr or optim.clip may help; the last checkpoint is "
                 "kept"
@@ -197,7 +198,7 @@ class Solver:
         optim, valid = self.config.optim, self.config.valid
         running = [Running(**values) for values in processes.gather(self.accelerator, self.running.as_dict())]
         if not running[0].batches:
-            raise RunError(f"{self.folder}: loss or gradient were not finite in any step of epoch {epoch}")
+            raise DivergedError(f"{self.folder}: loss or gradient were not finite in any step of epoch {epoch}")
         audio = len(self.loader) * optim.batch_size * len(running) * self.config.data.segment_seconds
         entry = row(running, epoch, self.progress.step, self.step.rate, audio, processes.peak_memory())
         samples: list[Sample] = []

@@ -41,6 +41,7 @@ def test_a_table_shows_mean_and_spread_and_what_is_missing(tmp_path):
         (["check", "none.md"], "none.md"),
         (["readme", "empty.md"], "holds no table"),
         (["readme", "lost.md"], "lost.json: cannot be read"),
+        (["readme", "other.md"], "other.json: is not of format"),
         (["save", "nowhere", "x.json"], "nowhere: no such folder"),
         (["renew"], "python -m train.results"),
     ],
@@ -49,6 +50,8 @@ def test_mistakes_end_with_2_and_a_reason(tmp_path, monkeypatch, capsys, argumen
     monkeypatch.chdir(tmp_path)
     Path("empty.md").write_text("nothing\n")
     Path("lost.md").write_text("<!-- results: lost.json -->\n<!-- end -->\n")
+    Path("other.md").write_text("<!-- results: other.json -->\n<!-- end -->\n")
+    Path("other.json").write_text('{"format": "mvat-history-1"}')
     assert results.main(arguments) == 2
     assert reason in capsys.readouterr().err
     assert not Path("x.json").exists()

@@ -17,7 +17,7 @@ from train import checkpoint, command
 from train.config import DataConfig, OptimConfig, TransferConfig, ValidConfig, differences
 from train.data import ArrayPairs, Segments
 from train.progress import Progress
-from train.solver import RunError, Solver
+from train.solver import DivergedError, RunError, Solver
 from train.transfer import Transfer
 from train.validation import validate
 
@@ -98,7 +98,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(tmp_path, pairs, monk
 
 def test_an_epoch_without_a_finite_loss_ends_the_run(tmp_path, pairs, monkeypatch):
     spoilt(pairs, range(100), monkeypatch)
-    with pytest.raises(RunError, match="not finite in any step of epoch 1"):
+    with pytest.raises(DivergedError, match="not finite in any step of epoch 1"):
         solver(tmp_path / "run", pairs, 2).fit()
     assert not (tmp_path / "run" / "last.pt").exists()
 
@@ -110,7 +110,7 @@ def test_twenty_skipped_steps_in_a_row_end_the_run_and_keep_the_last_checkpoint(
     steps = len(segments(pairs, settings))
     assert steps >= 22
     spoilt(pairs, range(steps + 2, 1000), monkeypatch)
-    with pytest.raises(RunError, match=f"not finite in 20 steps in a row, up to step {steps + 22}"):
+    with pytest.raises(DivergedError, match=f"not finite in 20 steps in a row, up to step {steps + 22}"):
         Solver(settings, Manner(**TINY), None, segments(pairs, settings), pairs, "student").fit()
     content = checkpoint.load(tmp_path / "run" / "last.pt")
     assert content["epoch"] == 1 and content["step"] == steps

@@ -1,0 +1,167 @@
+"""What a study says, in Markdown: tables, sentences, study.md."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from train.report.runs import SHOWN, Metric
+
+Json = dict[str, Any]
+
+
+def shown(metric: str) -> Metric:
+    """How a metric is shown."""
+    return SHOWN.get(metric) or Metric(metric.replace("_", " ").upper(), 3)
+
+
+def table(study: Json) -> str:
+    """The study's table in Markdown: a row a system; in a cell the mean over seeds (lowest to highest), and below it
+    the difference to the student alone with its 95 % interval."""
+    metrics = study["config"]["metrics"]
+    titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
+    lines = [
+        "| | weight | parameters | GFLOPs | seeds | " + " | ".join(titles) + " |",
+        "|---|---:|---:|---:|---:|" + "---:|" * len(titles),
+    ]
+    for system in study["systems"]:
+        weight = "" if system["weight"] is None else f"{system['weight']:g}"
+        size = "" if system["parameters"] is None else f"{system['parameters'] / 1e6:.2f} M"
+        cost = "" if system["gflops"] is None else f"{system['gflops']:.2f}"
+        seeds = "" if system["kind"] == "noisy" else str(len(system["seeds"]))
+        seeds += f" ({len(system['diverged'])} diverged)" if system["diverged"] else ""
+        cells = [_cell(system, metric) for metric in metrics]
+        lines.append(f"| {system['label']} | {weight} | {size} | {cost} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(system: Json, metric: str) -> str:
+    scores, digits = system["scores"][metric], shown(metric).digits
+    if scores is None:
+        return ""
+    text = f"{scores['mean']:.{digits}f}"
+    if len(system["seeds"]) > 1:
+        text += f" ({scores['low']:.{digits}f} to {scores['high']:.{digits}f})"
+    found = system.get("difference", {}).get(metric)
+    return text + (f"<br>{interval_text(found, digits)}" if found else "")
+
+
+def interval_text(found: Json, digits: int) -> str:
+    """A difference with its interval, "+0.100 [-0.020, +0.220]", to one digit more than the scores."""
+    digits += 1  # a difference is smaller than what it is a difference of
+    text = f"{found['mean']:+.{digits}f}"
+    return text if found["low"] is None else f"{text} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+
+
+def verdicts(study: Json) -> list[str]:
+    """A sentence a student and method: in which scores it is above or below the student alone."""
+    sentences = []
+    for system in study["systems"]:
+        by_verdict: dict[str, list[str]] = {}
+        for metric, found in system.get("difference", {}).items():
+            if found:
+                by_verdict.setdefault(found["verdict"], []).append(shown(metric).title)
+        parts = [
+            f"{word} in {', '.join(by_verdict[verdict])}"
+            for verdict, word in (
+                ("higher", "above the student alone"),
+                ("lower", "below the student alone"),
+                ("undecided", "undecided"),
+            )
+            if verdict in by_verdict
+        ]
+        over = {found["over"] for found in system.get("difference", {}).values() if found}
+        if parts:
+            chance = " With one seed this says nothing of other seeds." if over == {"files"} else ""
+            sentences.append(f"{system['label']}: {'; '.join(parts)}.{chance}")
+    return sentences
+
+
+def like_quality_table(study: Json) -> str:
+    """The ratios of parameters and GFLOPs at like quality: a row a method, a column a metric."""
+    found = study["like_quality"]
+    if not found:
+        return "There is no teacher's score to compare with.\n"
+    methods = next(iter(found.values()))
+    lines = [
+        "| method | " + " | ".join(shown(metric).title for metric in found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    for method in methods:
+        cells = [
+            f"{at['student']}: {at['parameters']:.2f}x parameters, {at['gflops']:.2f}x GFLOPs"
+            if (at := found[metric][method])
+            else "not reached"
+            for metric in found
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def note(study: Json) -> str:
+    """How to read the table."""
+    differences = [found for system in study["systems"] for found in system.get("difference", {}).values() if found]
+    over = " or ".join(sorted({found["over"] for found in differences if found["low"] is not None}))
+    cell = "A cell holds the mean over seeds (lowest to highest)"
+    if not differences:
+        return f"{cell}.\n"
+    return f"{cell}, and below it the difference to the student alone of equal seed and recording" + (
+        f", with its 95 % interval over {over}. The intervals are not corrected for their number.\n" if over else ".\n"
+    )
+
+
+def like_quality_note() -> str:
+    """What like quality is."""
+    return (
+        "Like quality: the smallest student whose mean over seeds is not below the teacher's lowest seed, and how\n"
+        "many times its parameters and GFLOPs the teacher has (this project's own definition).\n"
+    )
+
+
+def readme(study: Json) -> str:
+    """What README shows of a study."""
+    return f"{table(study)}\n{note(study)}\n{like_quality_note()}\n{like_quality_table(study)}"
+
+
+def summary(study: Json) -> str:
+    """What the command prints at its end."""
+    lines = [note(study), table(study).replace("<br>", "; "), *verdicts(study)]
+    lines += ["", like_quality_note(), like_quality_table(study)]
+    return "\n".join(lines)
+
+
+def page(study: Json, figures: Mapping[str, str]) -> str:
+    """study.md; `figures` holds file name -> caption."""
+    config, versions = study["config"], study["versions"]
+    trained = [run["steps"] for run in study["runs"] if run["kind"] != "noisy" and run["steps"]]
+    steps = " to ".join(str(count) for count in sorted({min(trained), max(trained)})) if trained else "no"
+    state = "" if study["complete"] else "**Not finished yet: the rows hold what has been done so far.**\n\n"
+    trials = ["| student | method | weight: score | chosen |", "|---|---|---|---:|"]
+    for trial in study["trials"]:
+        scores = [
+            f"{weight:g}: {'none' if score is None else format(score, '.3f')}" for weight, score in trial["scores"]
+        ]
+        trials.append(f"| {trial['student']} | {trial['method']} | {', '.join(scores)} | {trial['chosen']:g} |")
+    sentences = "\n".join(f"- {sentence}" for sentence in verdicts(study))
+    chosen = "\n".join(trials) if study["trials"] else "There was nothing to choose: every method has one candidate."
+    pictures = "\n".join(f"![{caption}]({name})\n" for name, caption in figures.items())
+    trial_seeds = ", ".join(map(str, config["trials"]["seeds"]))
+    return f"""# Does attention transfer distil?
+
+{state}{study["date"]}, {study["machine"]}, mvat {versions["mvat"]}, PyTorch {versions["torch"]}.
+Data {config["run"]["data"]["path"]}, {len(study["files"])} test recordings; {steps} training steps a run.
+
+{note(study)}
+{table(study)}
+{sentences}
+
+## The weights
+
+Chosen on the validation recordings by {study["select"]}, after trials of {config["trials"]["epochs"]} epochs with
+seed {trial_seeds}.
+
+{chosen}
+
+## Like quality
+
+{like_quality_note()}
+{like_quality_table(study)}
+{pictures}"""
