@@ -101,7 +101,7 @@ class Solver:
 
         Raises:
             RunError: the run cannot go on; the same command goes on from the last checkpoint once the reason is gone.
-            DivergedError where it never is, since the loss is not finite any more.
+            DivergedError: the run can never go on, since the loss is not finite any more.
             Stopped: SIGTERM or SIGINT asked to stop; the run is saved where it stood.
         """
         try:
