@@ -12,6 +12,7 @@ too (--run.optim.epochs 20); --help lists them.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     print("\n" + study_text.summary(record))
     print(f"{config.out}: study.md, study.json and figures; python -m train.report {config.out} shows the runs")
     return 0

@@ -145,6 +145,8 @@ def checked(config: StudyConfig) -> StudyConfig:
     if unknown or not config.metrics or len(set(config.metrics)) < len(config.metrics):
         raise ValueError(f"metrics must be different ones of {', '.join(METRICS)}, got {', '.join(config.metrics)}")
 
+    if config.run.valid.patience is not None:
+        raise ValueError("run.valid.patience: the methods are compared after equal numbers of steps, none ends early")
     if not config.students:
         raise ValueError("students: name at least one")
     students = [_resolved(f"students[{i}]", student) for i, student in enumerate(config.students)]

@@ -177,6 +177,7 @@ def test_a_weight_is_chosen_by_validation_and_one_that_diverged_is_not(data, tmp
         ({"trials": {"epochs": 0}}, "trials.epochs must be at least 1"),
         ({"metrics": ["pesk"]}, "metrics must be"),
         ({"run": {"data": {"path": "nowhere"}}}, "nowhere"),
+        ({"run": {"data": {"path": "nowhere"}, "valid": {"patience": 2}}}, "run.valid.patience"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line_before_anything_is_trained(tmp_path, capsys, changes, reason):
