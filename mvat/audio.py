@@ -272,6 +272,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise AudioError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: is empty")
+    if not os.access(path, os.R_OK):  # to libsndfile one more unknown format
+        raise AudioError(f"{path}: Permission denied")
     try:
         with soundfile.SoundFile(path) as file:
             # libsndfile shortens the data of a cut WAV silently and tells so in its log alone.

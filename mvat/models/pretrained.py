@@ -29,14 +29,18 @@ def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
 
 def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write both files under temporary names, then rename them, so that a failure leaves the former ones whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as packed
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{folder}: is a file, expected a folder") from None
     text = json.dumps({"architecture": "Manner", "sample_rate": 16_000, "arguments": dict(config)}, indent=2)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with replacing(settings) as new_settings, replacing(weights) as new_weights:
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, new_weights)
+        # Its own way of writing files lets nobody but their owner read them.
+        new_weights.write_bytes(packed({name: value.detach().cpu().contiguous() for name, value in state.items()}))
         new_settings.write_text(text + "\n")
 
 
@@ -95,8 +99,11 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f'{settings}: not a model\'s configuration: expected JSON with "arguments"') from None
     try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
+        with open(weights, "rb"):  # safetensors takes a file that may not be read for one that is missing
+            state = load_file(weights)
+    except OSError as error:
+        raise ValueError(f"{weights}: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
     return dict(config), state, str(folder)
 
