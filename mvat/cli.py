@@ -336,7 +336,7 @@ def _model(arguments: argparse.Namespace) -> "Manner":
         raise ValueError("--device cuda: PyTorch finds no GPU here (see `mvat doctor`)")
     if arguments.checkpoint is not None:
         best = Path(arguments.checkpoint) / "best.pt"
-        model = Manner.from_pretrained(best if best.is_file() else arguments.checkpoint)
+        model = Manner.from_pretrained(best if arguments.checkpoint and best.is_file() else arguments.checkpoint)
     elif arguments.preset is not None:
         model = Manner.from_preset(arguments.preset).eval()
         print(
