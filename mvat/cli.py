@@ -234,7 +234,7 @@ def _enhance(arguments: argparse.Namespace) -> int:
     if len(failures) == count == 1:
         raise ValueError(failures[0])
     if len(failures) == count:
-        return failed("mvat", ValueError(f"none of {count} files was enhanced:"), *failures)
+        return failed("mvat", f"none of {count} files was enhanced:", failures)
     if failures:
         title = f"mvat: {len(failures)} of {count} files could not be enhanced:"
         print(listed(title, failures), file=sys.stderr)

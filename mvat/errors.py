@@ -15,9 +15,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
-def failed(program: str, error: BaseException, *details: str) -> int:
+def failed(program: str, error: BaseException | str, details: Iterable[str] = ()) -> int:
     """Print "<program>: error: <what and why>" in one line, below it the details, indented; gives the exit status."""
-    print(listed(f"{program}: error: {one_line(error)}", details), file=sys.stderr)
+    text = error if isinstance(error, str) else one_line(error)
+    print(listed(f"{program}: error: {text}", details), file=sys.stderr)
     return 2
 
 
