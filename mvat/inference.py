@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mvat import audio as files
-from mvat.audio import SAMPLE_RATE
+from mvat.audio import MOST_CHANNELS, SAMPLE_RATE
 from mvat.models import Manner
 from mvat.windows import around, cut, starts, through_windows
 
 __all__ = ["enhance"]
 
-#: More are a mistake, most likely samples taken for channels, and crash the resampler.
-MOST_CHANNELS = 1024
 #: What window="auto" means, in seconds: the longest recording that runs whole, and the windows of a longer one.
 WHOLE, WINDOW = 30.0, 10.0
 #: Samples a second: fewer hold no speech, more are a mistake. A second at 1 Hz would be worked on as 16000 samples each.
@@ -122,6 +120,8 @@ def enhance(
     if out is not None and (several or not isinstance(audio, str | os.PathLike)):
         kind = "several recordings" if several else type(audio).__name__
         raise TypeError(f"enhance: out needs the path of one file as audio, got {kind}; mvat.audio.write writes arrays")
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise TypeError(f"enhance: out must be a path, got {type(out).__name__}")
     named = [(f"audio[{i}]", item) for i, item in enumerate(audio)] if several else [("audio", audio)]
     sources = [_source(name, item, sample_rate) for name, item in named]
 

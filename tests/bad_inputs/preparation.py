@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mvat import audio
-from tests.bad_inputs import Case, all_of, folders, removed, written
+from tests.bad_inputs import Case, all_of, folders, nothing, removed, written
 from tests.bad_inputs.scene import tone
 
 VOICEBANK = "python -m train.prepare voicebank --source voicebank --out out --no-score"
@@ -114,7 +114,7 @@ GENERATED = (
 )
 
 
-def dns(given: str, options: str, words: str, make: Callable[[Path], object] = lambda folder: None) -> Case:
+def dns(given: str, options: str, words: str, make: Callable[[Path], object] = nothing) -> Case:
     return Case(given, f"{DNS} --out out {options}", words, make)
 
 
