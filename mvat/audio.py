@@ -320,7 +320,7 @@ def _decoded(file: Any, path: str | os.PathLike[str], start: int, count: int) ->
 
 
 def _is_rate(rate: object) -> bool:
-    return isinstance(rate, Integral) and not isinstance(rate, bool) and rate > 0
+    return isinstance(rate, Integral) and not isinstance(rate, bool) and int(rate) > 0
 
 
 def _quantise(samples: np.ndarray, subtype: str) -> np.ndarray:

@@ -20,7 +20,7 @@ __all__ = ["enhance"]
 
 #: What window="auto" means, in seconds: the longest recording that runs whole, and the windows of a longer one.
 WHOLE, WINDOW = 30.0, 10.0
-#: Samples a second: fewer hold no speech, more are a mistake. A second at 1 Hz would be worked on as 16000 samples each.
+#: Samples a second: fewer hold no speech and would be worked on as 16000 all the same, more are a mistake.
 LOWEST_RATE, HIGHEST_RATE = 1000, 10_000_000
 #: The longest window that may be asked for, in seconds: a day.
 MOST_WINDOW = 86400.0
@@ -109,8 +109,8 @@ def enhance(
         TypeError: The audio is none of these, or not floating point; the model is no module; the rate is no integer;
             `out` without a path, or an option of the wrong type.
         ValueError: The audio is empty, of another shape, or holds NaN or infinity; the rate is below 1000 or above 10
-            million, or given beside a path; the window is too short; `out` is the input; the model is in training mode, or gives another
-            shape or NaN. For a file `mvat.audio.AudioError`, which names it.
+            million, or given beside a path; the window is too short; `out` is the input; the model is in training mode,
+            or gives another shape or NaN. For a file `mvat.audio.AudioError`, which names it.
     """
     _check_model(model)
     _check_window(window)
@@ -153,11 +153,9 @@ def _source(name: str, audio: Any, sample_rate: int | None) -> _Source:
             raise ValueError(f"enhance: sample_rate must not be given with a path, {os.fspath(audio)} tells its own")
         header = files.info(audio)
         if not LOWEST_RATE <= header.sample_rate <= HIGHEST_RATE:
-            raise files.AudioError(
-                f"{os.fspath(audio)}: has {header.sample_rate} samples a second, expected {_RATES}"
-            )
+            raise files.AudioError(f"{header.path}: has {header.sample_rate} samples a second, expected {_RATES}")
         if header.channels > MOST_CHANNELS:
-            raise files.AudioError(f"{os.fspath(audio)}: has {header.channels} channels, expected at most {MOST_CHANNELS}")
+            raise files.AudioError(f"{header.path}: has {header.channels} channels, expected at most {MOST_CHANNELS}")
         shape = (header.channels, header.frames)
         return _Source(audio, header.sample_rate, shape, lambda: map(torch.from_numpy, files.blocks(audio)))
     rate = _checked_rate(SAMPLE_RATE if sample_rate is None else sample_rate)

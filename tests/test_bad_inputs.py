@@ -97,7 +97,11 @@ def test_the_rules_find_what_breaks_them(tmp_path: Path) -> None:
     ("command", "variables", "words"),
     [
         (["mvat", "enhance", "gone.wav", "-o", "out.wav"], {}, "mvat: error: gone.wav: no such file"),
-        (["mvat", "info"], {"MVAT_BACKEND": "cuda"}, "mvat: error: the environment variable MVAT_BACKEND must be one of"),
+        (
+            ["mvat", "info"],
+            {"MVAT_BACKEND": "cuda"},
+            "mvat: error: the environment variable MVAT_BACKEND must be one of",
+        ),
         (["mvat", "enhance", b"\xff.wav", "-o", "out.wav"], {"LC_ALL": "C"}, "mvat: error: \\udcff.wav: no such file"),
         (["train.prepare", "synthetic"], {}, "train.prepare: error: the following arguments are required: --out"),
         (["train.teacher", "--config", "gone.yaml"], {}, "error: gone.yaml: No such file"),

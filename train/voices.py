@@ -99,8 +99,8 @@ def prepare_voices(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount or seed, or SNRs that are not
-            finite numbers.
+        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount or seed, or SNRs that
+            are not finite numbers.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
         SourceUnavailable: A package cannot be downloaded or used. Nothing has been written to `out` then.
     """

@@ -66,7 +66,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         problems.append(
             f"{len(shapes)} of another shape (such as {n}: {list(state[n].shape)} instead of {list(expected[n].shape)})"
         )
-    kinds = [n for n in expected if n in state and expected[n].is_floating_point() != state[n].is_floating_point()]
+    kinds = [n for n in expected if n in state and expected[n].is_floating_point() > state[n].is_floating_point()]
     if kinds:
         n = kinds[0]
         problems.append(f"{len(kinds)} of another kind (such as {n}: {state[n].dtype} instead of {expected[n].dtype})")

@@ -1,4 +1,4 @@
-"""What users get wrong, as one list of cases: what is given, and the one line and exit status, or the error, it ends with.
+"""What users get wrong, as one list of cases: what is given, and the line and exit status, or the error, it ends with.
 
 A case runs in a folder of its own that holds a copy of the scene (tests/bad_inputs/scene.py) and what the case adds.
 `python -m tests.bad_inputs` runs all of them and writes docs/errors.md.

@@ -86,7 +86,9 @@ VALUES = (
     option("an unknown metric", '--valid.metrics "[mos]"', "valid.metrics must be some of|mos"),
     option("a choice outside the metrics", "--valid.select stoi", "valid.select|'stoi'"),
     option("an empty choice", "--valid.select ''", "valid.select|''"),
-    option("segments too short for the loss", "--data.segment_seconds 0.05", "data.segment_seconds must be at least 0.06"),
+    option(
+        "segments too short for the loss", "--data.segment_seconds 0.05", "data.segment_seconds must be at least 0.06"
+    ),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),
     option("a hop below 0", "--data.stride_seconds=-1", "data.stride_seconds must be positive|-1"),
     option("a tempo from high to low", '--data.tempo "[1.1, 0.9]"', "data.tempo must be a positive range|[1.1, 0.9]"),
@@ -98,10 +100,16 @@ VALUES = (
     option("an unknown preset", "--model.preset huge", "model.preset must be one of base, large, small|'huge'"),
     option("an unknown argument", "--model.arguments.colour 1", "model.arguments|colour"),
     option("an odd chunk", '--model.arguments "{hidden: 6, segment_len: 7}"', "model.arguments|segment_len|7"),
-    option("hidden as text", '--model.arguments "{hidden: six}"', "model.arguments|hidden must be a positive integer|'six'"),
-    option("hidden below 0", '--model.arguments "{hidden: -6}"', "model.arguments|hidden must be a positive integer|-6"),
+    option(
+        "hidden as text", '--model.arguments "{hidden: six}"', "model.arguments|hidden must be a positive integer|'six'"
+    ),
+    option(
+        "hidden below 0", '--model.arguments "{hidden: -6}"', "model.arguments|hidden must be a positive integer|-6"
+    ),
     option("too few channels", '--model.arguments "{hidden: 4}"', "model.arguments|at least 6 channels|4"),
-    option("a depth of a million", '--model.arguments "{hidden: 6, depth: 1000000}"', "model.arguments|depth = 1000000"),
+    option(
+        "a depth of a million", '--model.arguments "{hidden: 6, depth: 1000000}"', "model.arguments|depth = 1000000"
+    ),
     option("no model", '--model.arguments "{}"', "name model.preset, or model.arguments"),
     option("a teacher with transfer", "--transfer.method mvat", "a teacher is trained on its own|train.distill"),
     Case("mixing without a number", f"{TEACHER} base.yaml --data.path mixed", "data.mix.examples"),
@@ -156,13 +164,21 @@ TEACHERS = (
     transfer("a text", "--transfer.teacher precious.txt", "precious.txt|not a readable checkpoint"),
     transfer("a data folder", "--transfer.teacher data", "data/config.json does not exist"),
     transfer("an empty name", "--transfer.teacher ''", "name is empty"),
-    transfer("a deeper teacher without pairs", "--transfer.teacher teacher.pt",
-             "the student has 2 multi-view blocks and the teacher 4|name the pairs", saved(depth=2)),
+    transfer(
+        "a deeper teacher without pairs",
+        "--transfer.teacher teacher.pt",
+        "the student has 2 multi-view blocks and the teacher 4|name the pairs",
+        saved(depth=2),
+    ),
     transfer("a pair of too few", '--transfer.pairs "[[0]]"', "transfer.pairs"),
     transfer("a pair out of range", '--transfer.pairs "[[0, 7]]"', "pair (0, 7) does not exist"),
     transfer("a pair below 0", '--transfer.pairs "[[-1, 0]]"', "pair (-1, 0) does not exist"),
     transfer("pairs in words", "--transfer.pairs all", "transfer.pairs|all"),
-    transfer("an unknown view", '--transfer.views "[global]"', "views must be a sequence of some of channel, global_, local|global"),
+    transfer(
+        "an unknown view",
+        '--transfer.views "[global]"',
+        "views must be a sequence of some of channel, global_, local|global",
+    ),
     transfer("no view", '--transfer.views "[]"', "views must be a sequence of some of|[]"),
     transfer("a view in place of a list", "--transfer.views local", "transfer.views|local"),
     transfer("a power below 1", "--transfer.p 0.5", "p must be finite and at least 1|0.5"),
@@ -211,26 +227,72 @@ DATA = (
     data("a split that is missing", "'train' must be a list", manifest(lambda m: m.pop("train"))),
     data("a pair that is a text", "train[0] must be an object", manifest(lambda m: m.update(train=["a_1"]))),
     data("a pair without a name", "train[0]: 'name' must be a text", manifest(lambda m: m["train"][0].pop("name"))),
-    data("frames as text", "train[0]: 'frames' must be a positive integer|'4800'", manifest(lambda m: m["train"][0].update(frames="4800"))),
-    data("frames below 0", "train[0]: 'frames' must be a positive integer|-5", manifest(lambda m: m["train"][0].update(frames=-5))),
-    data("frames as True", "train[0]: 'frames' must be a positive integer|True", manifest(lambda m: m["train"][0].update(frames=True))),
+    data(
+        "frames as text",
+        "train[0]: 'frames' must be a positive integer|'4800'",
+        manifest(lambda m: m["train"][0].update(frames="4800")),
+    ),
+    data(
+        "frames below 0",
+        "train[0]: 'frames' must be a positive integer|-5",
+        manifest(lambda m: m["train"][0].update(frames=-5)),
+    ),
+    data(
+        "frames as True",
+        "train[0]: 'frames' must be a positive integer|True",
+        manifest(lambda m: m["train"][0].update(frames=True)),
+    ),
     data("a path as number", "train[0]: 'clean' must be a text|3", manifest(lambda m: m["train"][0].update(clean=3))),
     data("a name given twice", "train names 'a_1' more than once", manifest(twice)),
-    data("a recording that is gone", "1 files are missing|data/train/noisy/a_1.wav", removed("data/train/noisy/a_1.wav")),
+    data(
+        "a recording that is gone", "1 files are missing|data/train/noisy/a_1.wav", removed("data/train/noisy/a_1.wav")
+    ),
     data("all recordings gone", "10 files are missing", removed("data/train", "data/valid", "data/test")),
     data("no pairs to train on", "train", manifest(lambda m: m.update(train=[]))),
-    data("no pairs to validate on", "has no validation set; name data.valid_speakers", manifest(lambda m: m.update(valid=[]))),
-    data("a recording too short to validate on", "c_1 is too short to validate on", manifest(
-        lambda m: m["valid"][0].update(frames=100))),
+    data(
+        "no pairs to validate on",
+        "has no validation set; name data.valid_speakers",
+        manifest(lambda m: m.update(valid=[])),
+    ),
+    data(
+        "a recording too short to validate on",
+        "c_1 is too short to validate on",
+        manifest(lambda m: m["valid"][0].update(frames=100)),
+    ),
     data("no list of recordings", "recordings.csv is missing", removed("mixed/recordings.csv"), MIXED),
-    data("a list as name of the list", "mixed/manifest.json: recordings must be the name of a file|[1]", replaced(
-        "mixed/manifest.json", ('"recordings.csv"', "[1]")), MIXED),
+    data(
+        "a list as name of the list",
+        "mixed/manifest.json: recordings must be the name of a file|[1]",
+        replaced("mixed/manifest.json", ('"recordings.csv"', "[1]")),
+        MIXED,
+    ),
     data("an empty list of recordings", "data.mix|no clean speech to mix", written("", "mixed/recordings.csv"), MIXED),
-    data("a list of no noise", "data.mix|no noise to mix", replaced("mixed/recordings.csv", ("\nnoise,", "\nrir,")), MIXED),
-    data("an unknown role", "mixed/recordings.csv:3|'song'", replaced("mixed/recordings.csv", ("\nnoise,", "\nsong,")), MIXED),
-    data("a column too few", "mixed/recordings.csv:2|expected role, path", replaced("mixed/recordings.csv", (",16000,16000,1,a\nnoise", ",16000\nnoise")), MIXED),
-    data("a frame count in words", "mixed/recordings.csv:2|'many'", replaced("mixed/recordings.csv", ("clean/a.wav,16000", "clean/a.wav,many")), MIXED),
+    data(
+        "a list of no noise",
+        "data.mix|no noise to mix",
+        replaced("mixed/recordings.csv", ("\nnoise,", "\nrir,")),
+        MIXED,
+    ),
+    data(
+        "an unknown role",
+        "mixed/recordings.csv:3|'song'",
+        replaced("mixed/recordings.csv", ("\nnoise,", "\nsong,")),
+        MIXED,
+    ),
+    data(
+        "a column too few",
+        "mixed/recordings.csv:2|expected role, path",
+        replaced("mixed/recordings.csv", (",16000,16000,1,a\nnoise", ",16000\nnoise")),
+        MIXED,
+    ),
+    data(
+        "a frame count in words",
+        "mixed/recordings.csv:2|'many'",
+        replaced("mixed/recordings.csv", ("clean/a.wav,16000", "clean/a.wav,many")),
+        MIXED,
+    ),
 )
+
 
 def other_run(folder: Path) -> None:
     """A run's folder whose configuration is not this one's."""
@@ -244,8 +306,14 @@ RUNS = (
     data("a name of 300 letters", "name too long", nothing, f"--out {'n' * 300}"),
     data("a folder with an empty checkpoint", "run/last.pt|empty", written("", "run/last.pt")),
     data("a folder with a text as checkpoint", "run/last.pt|not a readable checkpoint", written("text", "run/last.pt")),
-    data("a folder with a model as checkpoint", "run/last.pt|format", lambda folder: [
-        (folder / "run").mkdir(), (folder / "run/last.pt").write_bytes((folder / "best.pt").read_bytes())]),
+    data(
+        "a folder with a model as checkpoint",
+        "run/last.pt|format",
+        lambda folder: [
+            (folder / "run").mkdir(),
+            (folder / "run/last.pt").write_bytes((folder / "best.pt").read_bytes()),
+        ],
+    ),
     data(
         "a folder with another run",
         "run: holds a run of another configuration (data|choose another out",

@@ -94,7 +94,9 @@ READ = (
     bad("the first 20 bytes of a WAV", words="bad.wav|no readable audio", make=cut("bad.wav", 0.0005)),
     bad("a WAV cut after its header", words="bad.wav|cut short|0 of 40000 bytes", make=cut("bad.wav", 0.0011)),
     bad("a WAV of which half is there", words="bad.wav|cut short|of 40000 bytes", make=cut("bad.wav", 0.5)),
-    Case("a FLAC of which half is there", f"mvat enhance bad.flac {TO_OUT}", "bad.flac|cut short", cut("bad.flac", 0.5)),
+    Case(
+        "a FLAC of which half is there", f"mvat enhance bad.flac {TO_OUT}", "bad.flac|cut short", cut("bad.flac", 0.5)
+    ),
     Case("a FLAC with wrong bytes", f"mvat enhance bad.flac {TO_OUT}", "bad.flac|corrupt or cut short", damaged),
     bad("a WAV without samples", words="bad.wav|holds no samples", make=wav(frames=0)),
     bad("a WAV of 0 Hz", words="bad.wav|no readable audio", make=wav(rate=0)),
@@ -113,14 +115,19 @@ READ = (
         "an empty folder named .wav", f"mvat enhance bad.wav -o o {MODEL}", "bad.wav|holds no .wav", folders("bad.wav")
     ),
     Case(
-        "a folder of other files", f"mvat enhance others -o out {MODEL}", "others|holds no .wav", written("x", "others/a.mp3")
+        "a folder of other files",
+        f"mvat enhance others -o out {MODEL}",
+        "others|holds no .wav",
+        written("x", "others/a.mp3"),
     ),
-    Case(
-        "a folder of hidden recordings", f"mvat enhance h -o out {MODEL}", "h: |holds no .wav", tones("h/.a.wav")
-    ),
+    Case("a folder of hidden recordings", f"mvat enhance h -o out {MODEL}", "h: |holds no .wav", tones("h/.a.wav")),
     bad("a link to nothing", words="bad.wav|link|gone.wav", make=link("bad.wav", "gone.wav")),
     bad("a link to itself", words="bad.wav|is a link to|leads to no file", make=link("bad.wav", "bad.wav")),
-    bad("two links in a circle", words="bad.wav|is a link to|leads to no file", make=all_of(link("bad.wav", "b"), link("b", "bad.wav"))),
+    bad(
+        "two links in a circle",
+        words="bad.wav|is a link to|leads to no file",
+        make=all_of(link("bad.wav", "b"), link("b", "bad.wav")),
+    ),
     bad("a named pipe", words="bad.wav|no regular file", make=device("bad.wav")),
     Case("a device", f"mvat enhance /dev/zero {TO_OUT}", "/dev/zero|no regular file"),
     Case("a file of the kernel that reads as empty", f"mvat enhance /proc/self/mem {TO_OUT}", "/proc/self/mem|empty"),
@@ -201,7 +208,9 @@ WRITE = (
     Case(
         "an existing file for a folder", f"mvat enhance voicebank -o precious.txt {MODEL}", "precious.txt|need a folder"
     ),
-    Case("a folder below a file", f"mvat enhance in.wav -o precious.txt/out/ {MODEL}", "precious.txt/out|cannot be made"),
+    Case(
+        "a folder below a file", f"mvat enhance in.wav -o precious.txt/out/ {MODEL}", "precious.txt/out|cannot be made"
+    ),
     Case("a file below a file", f"mvat enhance in.wav -o precious.txt/o.wav {MODEL}", "precious.txt|cannot be made"),
     Case("below a link to nothing", f"mvat enhance in.wav -o l/o.wav {MODEL}", "l: |cannot be made", link("l", "gone")),
     Case("below a link to itself", f"mvat enhance in.wav -o l/o.wav {MODEL}", "l", link("l", "l")),

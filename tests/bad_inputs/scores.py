@@ -58,12 +58,18 @@ GROUPS = {
         shown("half a history", f"{HISTORY}: cannot be read as JSON", written('{"format": "mvat', HISTORY)),
         shown("bytes as history", f"{HISTORY}: cannot be read as JSON", written(b"\xff\xfe", HISTORY)),
         shown("a list as history", f"{HISTORY}: is no file of format", written("[]", HISTORY)),
-        shown("a history of another format", f"{HISTORY}: is no file of format", history(lambda h: h.update(format="x"))),
+        shown(
+            "a history of another format", f"{HISTORY}: is no file of format", history(lambda h: h.update(format="x"))
+        ),
         shown("a history without epochs", f"{HISTORY}: malformed|epochs", history(lambda h: h.pop("epochs"))),
         shown("a history without a label", f"{HISTORY}: malformed|label", history(lambda h: h.pop("label"))),
         shown("epochs as a number", f"{HISTORY}: malformed", history(lambda h: h.update(epochs=3))),
         shown("an epoch as a text", f"{HISTORY}: malformed", history(lambda h: h.update(epochs=["one"]))),
-        shown("a loss in words", f"{HISTORY}: malformed|low", history(lambda h: h["epochs"][0]["train"].update(total="low"))),
+        shown(
+            "a loss in words",
+            f"{HISTORY}: malformed|low",
+            history(lambda h: h["epochs"][0]["train"].update(total="low")),
+        ),
         shown("an unknown kind", f"{HISTORY}: malformed|'pupil'", history(lambda h: h.update(kind="pupil"))),
         shown("an unknown method", f"{HISTORY}: malformed|'magic'", history(lambda h: h.update(method="magic"))),
         shown("empty scores", f"{SCORES}: cannot be read as JSON", written("", SCORES)),
@@ -74,7 +80,12 @@ GROUPS = {
         shown("failures as a number", f"{SCORES}: malformed", scores(lambda s: s.update(failed=3))),
         Case("a folder that is not there, to save", f"{SAVE} gone out.json", "gone: no such folder"),
         Case("no run, to save", f"{SAVE} e out.json", "e: holds no run", folders("e")),
-        Case("damaged scores, to save", f"{SAVE} runs out.json", f"{SCORES}: cannot be read as JSON", written("{", SCORES)),
+        Case(
+            "damaged scores, to save",
+            f"{SAVE} runs out.json",
+            f"{SCORES}: cannot be read as JSON",
+            written("{", SCORES),
+        ),
         Case("a page without a table", "python -m train.results readme precious.txt", "holds no table between"),
         Case("a page that is not there", "python -m train.results check gone.md", "gone.md"),
         Case(

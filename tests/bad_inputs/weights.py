@@ -131,7 +131,11 @@ CHECKPOINTS = (
     file("all but the last byte", "not a readable checkpoint", clipped("best.pt", "bad.pt", 0.99999)),
     file("wrong bytes in the middle", "damaged", spoiled),
     file("a ZIP file of texts", "not a readable checkpoint", empty_zip),
-    file("a safetensors file named .pt", "is a safetensors file|give the folder", clipped("model/model.safetensors", "bad.pt", 1)),
+    file(
+        "a safetensors file named .pt",
+        "is a safetensors file|give the folder",
+        clipped("model/model.safetensors", "bad.pt", 1),
+    ),
     file("a pickle that would run code", "refused to load|Python objects", torch_file(lambda: {"state_dict": Code()})),
     file(
         "a bare pickle that would run code",
@@ -147,20 +151,37 @@ CHECKPOINTS = (
     file("a number among the weights", 'no "state_dict" of tensors', torch_file({"state_dict": {"a": 1}})),
     file("weights by number", 'no "state_dict" of tensors', torch_file({"state_dict": {1: torch.zeros(1)}})),
     file("no weights, no configuration", "not those of a MANNER", torch_file({"state_dict": {}})),
-    file("another network", "not those of a MANNER", torch_file(lambda: {"state_dict": torch.nn.Linear(2, 2).state_dict()})),
+    file(
+        "another network",
+        "not those of a MANNER",
+        torch_file(lambda: {"state_dict": torch.nn.Linear(2, 2).state_dict()}),
+    ),
     file("a missing weight", f"1 missing (such as {KEY})", state(lambda s: s.pop(KEY))),
     file("a weight too many", "1 unexpected (such as more)", state(lambda s: s.update(more=torch.zeros(1)))),
     file("a weight of another shape", "[3, 3] instead of", state(narrow)),
-    file("a weight of integers", "of another kind|int64 instead of torch.float32", state(lambda s: s.update({KEY: s[KEY].long()}))),
+    file(
+        "a weight of integers",
+        "of another kind|int64 instead of torch.float32",
+        state(lambda s: s.update({KEY: s[KEY].long()})),
+    ),
     file("a complex weight", "of another kind|complex64", state(lambda s: s.update({KEY: s[KEY].to(torch.complex64)}))),
     file("a NaN among the weights", "NaN or infinity|manner_block.in_conv.0.weight", state(nan_weight)),
     file("official, a missing weight", "missing", state(lambda s: s.pop(KEY), official=True)),
-    file("official, a level without its name", "not those of a MANNER", state(
-        lambda s: s.update({"manner_block.encoder.x.weight": torch.zeros(1)}), official=True)),
-    file("official, no input", "not those of a MANNER", state(
-        lambda s: s.pop("manner_block.in_conv.0.weight"), official=True)),
-    file("official, a flat input", "not those of a MANNER", state(
-        lambda s: s.update({"manner_block.in_conv.0.weight": torch.zeros(3)}), official=True)),
+    file(
+        "official, a level without its name",
+        "not those of a MANNER",
+        state(lambda s: s.update({"manner_block.encoder.x.weight": torch.zeros(1)}), official=True),
+    ),
+    file(
+        "official, no input",
+        "not those of a MANNER",
+        state(lambda s: s.pop("manner_block.in_conv.0.weight"), official=True),
+    ),
+    file(
+        "official, a flat input",
+        "not those of a MANNER",
+        state(lambda s: s.update({"manner_block.in_conv.0.weight": torch.zeros(3)}), official=True),
+    ),
     file("hidden as text", "hidden must be a positive integer|'6'", configured(hidden="6")),
     file("hidden as a fraction", "hidden must be a positive integer|6.5", configured(hidden=6.5)),
     file("hidden as True", "hidden must be a positive integer|True", configured(hidden=True)),
@@ -172,8 +193,14 @@ CHECKPOINTS = (
     file("an odd chunk", "segment_len must be an even integer|7", configured(segment_len=7)),
     file("unknown layers", 'attention_layers must be "all" or "deepest"|some', configured(attention_layers="some")),
     file("an unknown argument", "does not fit Manner|colour", configured(colour=1)),
-    file("a list as configuration", '"model_config" must be a dictionary|list', changed(lambda c: c.update(model_config=[1]))),
-    file("an argument without a name", "does not fit Manner|strings", changed(lambda c: c["model_config"].update({1: 2}))),
+    file(
+        "a list as configuration",
+        '"model_config" must be a dictionary|list',
+        changed(lambda c: c.update(model_config=[1])),
+    ),
+    file(
+        "an argument without a name", "does not fit Manner|strings", changed(lambda c: c["model_config"].update({1: 2}))
+    ),
     file("growth of 3", "growth must be 2|3", configured(growth=3)),
     file("two channels of audio", "another shape", configured(in_channels=2)),
 )
@@ -196,20 +223,33 @@ FOLDERS = (
     model("a missing weight", "1 missing", tensors(lambda s: s.pop(KEY))),
     model("a weight of another shape", "[3, 3] instead of", tensors(narrow)),
     model("an infinite weight", "NaN or infinity", tensors(lambda s: s[KEY].fill_(float("inf")))),
-    model("half precision written as integers", "of another kind|int32 instead of torch.float32", tensors(lambda s: s.update({KEY: s[KEY].int()}))),
+    model(
+        "half precision written as integers",
+        "of another kind|int32 instead of torch.float32",
+        tensors(lambda s: s.update({KEY: s[KEY].int()})),
+    ),
     model("hidden as text", "hidden must be a positive integer", settings(hidden="6")),
     model("a stride above the kernel", "stride must be at most kernel_size", settings(stride=9)),
     model("an unknown argument", "does not fit Manner|colour", settings(colour=1)),
     model("too few channels", "at least 6 channels", settings(hidden=4)),
     model("NaN in the configuration", "hidden must be a positive integer", settings(hidden=float("nan"))),
-    Case("a file as model to write", "mvat.Manner(hidden=6, depth=1).save_pretrained('precious.txt')",
-         "precious.txt|is a file", error=FileExistsError),
+    Case(
+        "a file as model to write",
+        "mvat.Manner(hidden=6, depth=1).save_pretrained('precious.txt')",
+        "precious.txt|is a file",
+        error=FileExistsError,
+    ),
     Case("a number as model to read", "mvat.Manner.from_pretrained(3)", "source|int", error=TypeError),
     Case("nothing as model to read", "mvat.Manner.from_pretrained(None)", "source|NoneType", error=TypeError),
     Case("an empty name to read", "mvat.Manner.from_pretrained('')", "name is empty", error=ValueError),
     Case("an unknown preset", "mvat.Manner.from_preset('huge')", "base, large, small|'huge'", error=ValueError),
     Case("a list as preset", "mvat.Manner.from_preset(['base'])", "base, large, small|['base']", error=ValueError),
-    Case("a named pipe", f"{ENHANCE} pipe", "pipe|no regular file", lambda folder: __import__("os").mkfifo(folder / "pipe")),
+    Case(
+        "a named pipe",
+        f"{ENHANCE} pipe",
+        "pipe|no regular file",
+        lambda folder: __import__("os").mkfifo(folder / "pipe"),
+    ),
     Case("a device", f"{ENHANCE} /dev/zero", "/dev/zero|no regular file"),
 )
 
@@ -227,19 +267,38 @@ EXPORTS = (
     Case("below a file", f"{EXPORT} --format pt2 -o in.wav/m.pt2", "the folder in.wav does not exist"),
     Case("a name of 300 letters", f"{EXPORT} --format pt2 -o {'n' * 300}.pt2", "name too long"),
     Case("no model", "mvat export --format pt2 -o m.pt2", "no model is given"),
-    Case("a model that is not there", "mvat export --format pt2 -o m.pt2 --checkpoint gone.pt", "gone.pt does not exist"),
+    Case(
+        "a model that is not there", "mvat export --format pt2 -o m.pt2 --checkpoint gone.pt", "gone.pt does not exist"
+    ),
     Case("an unknown preset", "mvat export --format pt2 -o m.pt2 --preset huge", "base, large, small|'huge'"),
     Case("two models", f"{EXPORT} --preset base --format pt2 -o m.pt2", "--preset|not allowed with"),
     Case("0 seconds", f"{EXPORT} --format pt2 -o m.pt2 --seconds 0", "--seconds|'0'"),
     Case("seconds in words", f"{EXPORT} --format pt2 -o m.pt2 --seconds four", "--seconds|'four'"),
     Case("two hundred million seconds", f"{EXPORT} --format pt2 -o m.pt2 --seconds 2e8", "--seconds|'2e8'"),
-    Case("a module", "mvat.export.export_model(same, 'm.pt2', 'pt2')", "model must be a mvat.Manner|Identity", error=TypeError),
-    Case("a model in training", "mvat.export.export_model(mvat.Manner(hidden=6, depth=1), 'm.pt2', 'pt2')",
-         "training mode", error=ValueError),
-    Case("a model in float64", "mvat.export.export_model(mvat.Manner(hidden=6, depth=1).double().eval(), 'm.pt2', 'pt2')",
-         "float32|float64", error=ValueError),
-    Case("no samples", "mvat.export.export_model(mvat.Manner(hidden=6, depth=1).eval(), 'm.pt2', 'pt2', 0)",
-         "samples must be a positive integer|0", error=ValueError),
+    Case(
+        "a module",
+        "mvat.export.export_model(same, 'm.pt2', 'pt2')",
+        "model must be a mvat.Manner|Identity",
+        error=TypeError,
+    ),
+    Case(
+        "a model in training",
+        "mvat.export.export_model(mvat.Manner(hidden=6, depth=1), 'm.pt2', 'pt2')",
+        "training mode",
+        error=ValueError,
+    ),
+    Case(
+        "a model in float64",
+        "mvat.export.export_model(mvat.Manner(hidden=6, depth=1).double().eval(), 'm.pt2', 'pt2')",
+        "float32|float64",
+        error=ValueError,
+    ),
+    Case(
+        "no samples",
+        "mvat.export.export_model(mvat.Manner(hidden=6, depth=1).eval(), 'm.pt2', 'pt2', 0)",
+        "samples must be a positive integer|0",
+        error=ValueError,
+    ),
 )
 
 GROUPS = {"Checkpoints": CHECKPOINTS, "Folders of weights": FOLDERS, "Exports": EXPORTS}
