@@ -153,7 +153,7 @@ def valid_length(length: int, depth: int, kernel_size: int, stride: int) -> int:
 def _rescale(module: nn.Module, reference: float = 0.1) -> None:
     """Divide every convolution's weight and bias by sqrt(std(weight) / reference)."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d) and not layer.weight.is_meta:  # which has no values
             scale = (layer.weight.detach().std() / reference).sqrt()
             layer.weight.data /= scale
             if layer.bias is not None:

@@ -84,43 +84,68 @@ class Outcome(NamedTuple):
 
 
 class Bench:
-    """Where cases run: each in a copy of the scene; those that add nothing share one for as long as it stays as it was.
+    """Where cases run, one after the other: a copy of the scene, of which afterwards what is new or changed is undone.
 
     Args:
-        folder: An empty folder that anybody may enter, to keep the scene in.
+        folder: An empty folder that anybody may enter.
     """
 
     def __init__(self, folder: Path) -> None:
         self.scene, self.place = folder / "scene", folder / "place"
         self.scene.mkdir()
         scene.build(self.scene)
-        self._clean: dict[str, str] | None = None
+        shutil.copytree(self.scene, self.place)
+        self._good = snapshot(self.place)
 
     def run(self, case: Case) -> Outcome:
         """Run a case."""
-        if case.make is not nothing or self._clean is None:
-            shutil.rmtree(self.place, ignore_errors=True)
-            shutil.copytree(self.scene, self.place)
-            case.make(self.place)
-            self._clean = snapshot(self.place)
-        before = self._clean
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            contextlib.chdir(self.place),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            warnings.catch_warnings(),
-            _unprivileged() if case.unprivileged else contextlib.nullcontext(),
-        ):
-            warnings.simplefilter("ignore")
-            error, message = _called(case.run) if case.program is None else _commanded(case)
-        after = snapshot(self.place)
-        if case.make is not nothing or before != after:
-            self._clean = None
+        case.make(self.place)
+        before = self._good if case.make is nothing else snapshot(self.place)
+        out, err, after = io.StringIO(), io.StringIO(), {}
+        try:
+            with (
+                contextlib.chdir(self.place),
+                contextlib.redirect_stdout(out),
+                contextlib.redirect_stderr(err),
+                warnings.catch_warnings(),
+                _unprivileged() if case.unprivileged else contextlib.nullcontext(),
+            ):
+                warnings.simplefilter("ignore")
+                error, message = _called(case.run) if case.program is None else _commanded(case)
+            after = snapshot(self.place)
+        finally:
+            if case.unprivileged:
+                _open(self.place)
+            if case.make is not nothing or after != before:
+                self._restore()
         message = message or err.getvalue()
         for path in (os.path.realpath(self.place), str(self.place)):
             message = message.replace(f"{path}/", "").replace(path, ".")
         return Outcome(error, out.getvalue(), message, before, after)
+
+    def _restore(self) -> None:
+        """Make the place what it was."""
+        found = snapshot(self.place)
+        if found == self._good:
+            return
+        for name in sorted(found, reverse=True):  # what a folder holds before the folder
+            if found[name] != self._good.get(name):
+                path = self.place / name
+                path.rmdir() if found[name] == "folder" else path.unlink()
+        for name, text in self._good.items():
+            path = self.place / name
+            if text == "folder":
+                path.mkdir(exist_ok=True)
+            elif not path.exists():
+                shutil.copy(self.scene / name, path)
+
+
+def _open(folder: Path) -> None:
+    """Let the owner enter every folder again."""
+    for place, names, _ in os.walk(folder):
+        for path in (place, *(os.path.join(place, name) for name in names)):  # before the walk enters them
+            if not os.path.islink(path):
+                os.chmod(path, 0o755)
 
 
 def _commanded(case: Case) -> tuple[int | type[Exception], str]:
