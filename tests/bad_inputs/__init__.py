@@ -149,10 +149,13 @@ def _open(folder: Path) -> None:
 
 
 def _commanded(case: Case) -> tuple[int | type[Exception], str]:
-    module, _ = PROGRAMS[case.program or ""]
+    name, _ = PROGRAMS[case.program or ""]
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
     arguments = shlex.split(case.run.removeprefix(case.program or ""))
     try:
-        return importlib.import_module(module).main(arguments), ""
+        return module.main(arguments), ""
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 1, ""
     except Exception as error:  # a traceback, as a user would see it
