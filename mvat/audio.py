@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 SAMPLE_RATE = 16000
+#: More are a mistake, most likely samples taken for channels, and crash the resampler; libsndfile writes no more.
+MOST_CHANNELS = 1024
 
 _FORMATS = {".wav": "WAV", ".flac": "FLAC"}
 _PCM_BITS = {"PCM_U8": 8, "PCM_S8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
@@ -144,8 +147,8 @@ def write(path: str | os.PathLike[str], samples: np.ndarray, rate: int, subtype:
         subtype: libsndfile's name of the sample format.
 
     Raises:
-        AudioError: Another suffix, a sample format the container lacks, no samples, NaN or infinity, another
-            shape, or a folder that is missing or unwritable.
+        AudioError: Another suffix, a sample format the container lacks, a rate that is no positive integer, more than
+            1024 channels, no samples, NaN or infinity, another shape, or a folder that is missing or unwritable.
         TypeError: The samples are not floating point.
     """
     samples = np.asarray(samples)
@@ -186,6 +189,10 @@ def writing(
         raise AudioError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise AudioError(f"{path}: is a folder")
+    if not _is_rate(rate):
+        raise AudioError(f"{path}: the sample rate must be a positive integer, not {rate!r}")
+    if channels > MOST_CHANNELS:
+        raise AudioError(f"{path}: cannot hold {channels} channels, at most {MOST_CHANNELS}; samples are [channels, T]")
     bits = {"FLOAT": 32, "ULAW": 8, "ALAW": 8, **_PCM_BITS}.get(subtype, 64)
     if container == "WAV" and frames * channels * bits // 8 > _WAV_MOST:
         container = "RF64"
@@ -201,8 +208,10 @@ def writing(
             soundfile.SoundFile(part, "w", rate, channels, subtype, format=container) as file,
         ):
             yield put
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise AudioError(f"{path}: cannot be written ({error})") from error
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: cannot be written ({error.error_string})") from error
 
 
 def kept_subtype(subtype: str, path: str | os.PathLike[str]) -> str:
@@ -223,7 +232,13 @@ def resample(samples: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
 
     Returns:
         float32 [..., T'], T' = T * rate_out / rate_in rounded to the nearest integer.
+
+    Raises:
+        ValueError: A rate is no positive integer.
     """
+    for name, rate in (("rate_in", rate_in), ("rate_out", rate_out)):
+        if not _is_rate(rate):
+            raise ValueError(f"resample: {name} must be a positive integer, not {rate!r}")
     samples = np.asarray(samples, dtype=np.float32)
     if rate_in == rate_out:
         return samples
@@ -272,6 +287,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise AudioError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise AudioError(f"{path}: is empty")
+    if not os.access(path, os.R_OK):  # to libsndfile one more unknown format
+        raise AudioError(f"{path}: Permission denied")
     try:
         with soundfile.SoundFile(path) as file:
             # libsndfile shortens the data of a cut WAV silently and tells so in its log alone.
@@ -300,6 +317,10 @@ def _decoded(file: Any, path: str | os.PathLike[str], start: int, count: int) ->
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds NaN or infinite samples")
     return np.ascontiguousarray(samples.T)
+
+
+def _is_rate(rate: object) -> bool:
+    return isinstance(rate, Integral) and not isinstance(rate, bool) and int(rate) > 0
 
 
 def _quantise(samples: np.ndarray, subtype: str) -> np.ndarray:

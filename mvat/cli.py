@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from mvat import __version__
+from mvat.errors import Parser, failed, listed, one_line
+from mvat.files import making
 
 if TYPE_CHECKING:
     from mvat.models import Manner
@@ -35,13 +37,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors become the one line of `main`."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see `{self.prog} --help`)")
-
-
 class Job(NamedTuple):
     """A file to enhance and the file to write."""
 
@@ -59,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mvat: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"mvat: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return failed("mvat", error)
 
 
 @contextlib.contextmanager
@@ -82,7 +76,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mvat",
         description="Speech enhancement with multi-view attention.",
         epilog=_EPILOG,
@@ -224,26 +218,26 @@ def _enhance(arguments: argparse.Namespace) -> int:
     count = len(jobs) + len(failures)
     if jobs:
         model = _model(arguments)
-        _make_folder(Path(os.path.commonpath([job.target.parent for job in jobs])))
+        _check_folder(Path(os.path.commonpath([job.target.parent for job in jobs])))
     progress = arguments.progress
     # A single file has only the bar of its own.
     hidden = len(jobs) == 1 or (None if progress is None else not progress)
     for job in tqdm(jobs, desc="files", unit="file", disable=hidden):
         try:
-            job.target.parent.mkdir(parents=True, exist_ok=True)
-            enhance(job.source, model, out=job.target, window=arguments.window, progress=progress)
+            with making(job.target.parent):
+                enhance(job.source, model, out=job.target, window=arguments.window, progress=progress)
         # An unreadable file, a full disk, out of memory: the other files go on.
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = _one_line(error) or type(error).__name__
+            reason = one_line(error)
             failures.append(reason if str(job.source) in reason else f"{job.source}: {reason}")
 
     if len(failures) == count == 1:
         raise ValueError(failures[0])
+    if len(failures) == count:
+        return failed("mvat", f"none of {count} files was enhanced:", failures)
     if failures:
-        print(f"mvat: {len(failures)} of {count} files could not be enhanced:", file=sys.stderr)
-        print("\n".join(f"  {reason}" for reason in failures), file=sys.stderr)
-        if len(failures) == count:
-            raise ValueError("no file was enhanced")
+        title = f"mvat: {len(failures)} of {count} files could not be enhanced:"
+        print(listed(title, failures), file=sys.stderr)
     print(f"enhanced {count - len(failures)} of {count} files into {arguments.out}")
     return 1 if failures else 0
 
@@ -278,12 +272,15 @@ def plan(inputs: Sequence[str], out: str, overwrite: bool = False) -> tuple[list
     for name in inputs:
         source = Path(name)
         if source.is_dir():
-            found = _recordings(source, target)
+            found, closed = _recordings(source, target)
             jobs += [Job(path, target / path.relative_to(source)) for path in found]
-            if not found:
+            failures += closed
+            if not found and not closed:
                 failures.append(f"{name}: the folder holds no {' or '.join(SUFFIXES)} file")
         elif source.is_file():
             jobs.append(Job(source, target / source.name if into_folder else target))
+        elif source.is_symlink() and not source.exists():
+            failures.append(f"{name}: is a link to {os.readlink(source)}, which leads to no file or folder")
         else:
             failures.append(f"{name}: {'is no regular file' if source.exists() else 'no such file or folder'}")
     _refuse_clashes(jobs)
@@ -301,25 +298,27 @@ def plan(inputs: Sequence[str], out: str, overwrite: bool = False) -> tuple[list
     return possible, failures
 
 
-def _recordings(folder: Path, out: Path) -> list[Path]:
-    """The audio files below a folder, in order: no hidden ones, no former results where `out` lies below it too."""
-    root, results = folder.resolve(), out.resolve()
-    nested = results != root and results.is_relative_to(root)
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-        and not (nested and path.resolve().is_relative_to(results))
-    ]
+def _recordings(folder: Path, out: Path) -> tuple[list[Path], list[str]]:
+    """The audio files below a folder, in order, and a line for each subfolder that cannot be looked into.
+
+    No hidden files, and no former results where `out` lies below the folder too.
+    """
+    root, results = os.path.realpath(folder), os.path.realpath(out)
+    closed: list[str] = []
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, onerror=lambda error: closed.append(one_line(error))):
+        if results != root:
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) != results]
+        paths = (Path(place, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted(found), closed
 
 
 def _refuse_clashes(jobs: Sequence[Job]) -> None:
-    writers: dict[Path, Path] = {}
+    writers: dict[str, Path] = {}
     sources = {(status.st_dev, status.st_ino) for status in (os.stat(job.source) for job in jobs)}
     for job in jobs:
-        other = writers.setdefault(job.target.resolve(), job.source)
+        other = writers.setdefault(os.path.realpath(job.target), job.source)
         if other is not job.source:
             raise ValueError(f"{other} and {job.source} would both be written to {job.target}")
         if job.target.exists():
@@ -337,7 +336,7 @@ def _model(arguments: argparse.Namespace) -> "Manner":
         raise ValueError("--device cuda: PyTorch finds no GPU here (see `mvat doctor`)")
     if arguments.checkpoint is not None:
         best = Path(arguments.checkpoint) / "best.pt"
-        model = Manner.from_pretrained(best if best.is_file() else arguments.checkpoint)
+        model = Manner.from_pretrained(best if arguments.checkpoint and best.is_file() else arguments.checkpoint)
     elif arguments.preset is not None:
         model = Manner.from_preset(arguments.preset).eval()
         print(
@@ -367,15 +366,12 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _make_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
+    """ValueError unless the folder is there, or can be made, and can be written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with making(folder):
+            writable = os.access(folder, os.W_OK)
     except OSError as error:
         raise ValueError(f"{folder}: this folder cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
+    if not writable:
         raise ValueError(f"{folder}: this folder cannot be written to")
-
-
-def _one_line(error: BaseException) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())

@@ -8,6 +8,19 @@ from pathlib import Path
 
 
 @contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """The folder is made where it is missing; on leaving, what was made and stayed empty is removed again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for path in missing:
+                path.rmdir()
+
+
+@contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` to write to; on leaving, it is flushed to disk and takes the name `path`.
 

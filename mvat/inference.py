@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from mvat import audio as files
-from mvat.audio import SAMPLE_RATE
+from mvat.audio import MOST_CHANNELS, SAMPLE_RATE
 from mvat.models import Manner
 from mvat.windows import around, cut, starts, through_windows
 
 __all__ = ["enhance"]
 
-#: More are a mistake, most likely samples taken for channels, and crash the resampler.
-MOST_CHANNELS = 1024
 #: What window="auto" means, in seconds: the longest recording that runs whole, and the windows of a longer one.
 WHOLE, WINDOW = 30.0, 10.0
-#: More samples a second are a mistake.
-HIGHEST_RATE = 10_000_000
+#: Samples a second: fewer hold no speech and would be worked on as 16000 all the same, more are a mistake.
+LOWEST_RATE, HIGHEST_RATE = 1000, 10_000_000
 #: The longest window that may be asked for, in seconds: a day.
 MOST_WINDOW = 86400.0
 #: The shortest one.
 LEAST_WINDOW = 1.0
 #: Windows that a GPU runs at once; a CPU is as fast with one.
 BATCH = 8
+
+_RATES = f"{LOWEST_RATE} to {HIGHEST_RATE}"
 
 Name = str | os.PathLike[str]
 Window = float | Literal["auto"] | None
@@ -108,9 +108,9 @@ def enhance(
     Raises:
         TypeError: The audio is none of these, or not floating point; the model is no module; the rate is no integer;
             `out` without a path, or an option of the wrong type.
-        ValueError: The audio is empty, of another shape, or holds NaN or infinity; the rate is not positive, or given
-            beside a path; the window is too short; `out` is the input; the model is in training mode, or gives another
-            shape or NaN. For a file `mvat.audio.AudioError`, which names it.
+        ValueError: The audio is empty, of another shape, or holds NaN or infinity; the rate is below 1000 or above 10
+            million, or given beside a path; the window is too short; `out` is the input; the model is in training mode,
+            or gives another shape or NaN. For a file `mvat.audio.AudioError`, which names it.
     """
     _check_model(model)
     _check_window(window)
@@ -120,6 +120,8 @@ def enhance(
     if out is not None and (several or not isinstance(audio, str | os.PathLike)):
         kind = "several recordings" if several else type(audio).__name__
         raise TypeError(f"enhance: out needs the path of one file as audio, got {kind}; mvat.audio.write writes arrays")
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise TypeError(f"enhance: out must be a path, got {type(out).__name__}")
     named = [(f"audio[{i}]", item) for i, item in enumerate(audio)] if several else [("audio", audio)]
     sources = [_source(name, item, sample_rate) for name, item in named]
 
@@ -150,6 +152,10 @@ def _source(name: str, audio: Any, sample_rate: int | None) -> _Source:
         if sample_rate is not None:
             raise ValueError(f"enhance: sample_rate must not be given with a path, {os.fspath(audio)} tells its own")
         header = files.info(audio)
+        if not LOWEST_RATE <= header.sample_rate <= HIGHEST_RATE:
+            raise files.AudioError(f"{header.path}: has {header.sample_rate} samples a second, expected {_RATES}")
+        if header.channels > MOST_CHANNELS:
+            raise files.AudioError(f"{header.path}: has {header.channels} channels, expected at most {MOST_CHANNELS}")
         shape = (header.channels, header.frames)
         return _Source(audio, header.sample_rate, shape, lambda: map(torch.from_numpy, files.blocks(audio)))
     rate = _checked_rate(SAMPLE_RATE if sample_rate is None else sample_rate)
@@ -294,8 +300,8 @@ def _check_model(model: object) -> None:
 def _checked_rate(rate: object) -> int:
     if not isinstance(rate, Integral) or isinstance(rate, bool):
         raise TypeError(f"enhance: sample_rate must be an integer, got {rate!r}")
-    if not 0 < int(rate) <= HIGHEST_RATE:
-        raise ValueError(f"enhance: sample_rate must be positive and at most {HIGHEST_RATE}, got {rate}")
+    if not LOWEST_RATE <= int(rate) <= HIGHEST_RATE:
+        raise ValueError(f"enhance: sample_rate must be {_RATES}, got {rate}")
     return int(rate)
 
 

@@ -172,7 +172,7 @@ def multi_view_transfer_loss(
 
 def check_views(views: Sequence[str]) -> None:
     """ValueError unless `views` is a sequence of names of views, at least one."""
-    if isinstance(views, str) or not views or set(views) - set(VIEW_NAMES):
+    if isinstance(views, str) or not isinstance(views, Sequence) or not views or set(views) - set(VIEW_NAMES):
         raise ValueError(f"views must be a sequence of some of {', '.join(VIEW_NAMES)}, got {views!r}")
 
 
@@ -185,7 +185,10 @@ def block_pairs(students: int, teachers: int, pairs: Sequence[tuple[int, int]] |
                 "name the pairs of blocks, such as pairs = [[0, 0], [1, 1]]"
             )
         return [(i, i) for i in range(students)]
-    for s, t in pairs:
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or [type(index) for index in pair] != [int, int]:
+            raise ValueError(f"pairs must be of two indices, [student block, teacher block], got {pair!r}")
+        s, t = pair
         if not (0 <= s < students and 0 <= t < teachers):
             raise ValueError(f"pair ({s}, {t}) does not exist: {students} student and {teachers} teacher blocks")
     return [(s, t) for s, t in pairs]
@@ -206,4 +209,4 @@ def block_transfer_loss(
 
 def output_distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Output distillation, for comparison (ours): the clips' mean `mrstft_distance` to the teacher's estimate."""
-    return mrstft_distance(student, teacher.detach()).mean()
+    return mrstft_distance(student, teacher.detach() if isinstance(teacher, Tensor) else teacher).mean()

@@ -5,12 +5,12 @@
 Run again, it goes on where it stopped. The program ends with 1 if the student taught by MV-AT does not raise SI-SDR.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mvat.errors import Parser, failed
 from mvat.metrics import Scores
 from train import command
 from train.evaluate import evaluate
@@ -99,16 +99,15 @@ def demo(data: Path, out: Path, source: str | None = None) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if the student raised SI-SDR, 1 if not, 2 with one line for what the user must mend."""
-    parser = argparse.ArgumentParser(prog="python -m train.demo", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m train.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder for the data")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the runs and the report")
     parser.add_argument("--source", choices=("voices", "synthetic"), help="default: voices, else synthetic")
-    options = parser.parse_args(argv)
     try:
+        options = parser.parse_args(argv)
         return 0 if demo(options.data, options.out, options.source) else 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed("train.demo", error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -18,7 +18,7 @@ from mvat import audio
 from mvat.files import write_text
 from train import manifest
 from train.manifest import ROLES, SAMPLE_RATE, Entry, Manifest, ManifestError, Recording
-from train.mixing import minutes_by_split
+from train.mixing import check_seed, minutes_by_split
 from train.mixtures import Mixer
 
 __all__ = ["SKIPPED", "Folders", "find_folders", "prepare_dns"]
@@ -115,8 +115,9 @@ def prepare_dns(
     Raises:
         ManifestError: A folder is missing or holds nothing to use, folders contain each other, or the test set has no
             pairs.
-        ValueError: An amount is negative.
+        ValueError: An amount or the seed is negative.
     """
+    check_seed(seed)
     minutes = minutes_by_split(0, valid_minutes, test_minutes)
     if round(minutes["valid"] * 60) < MIXTURE_SECONDS:
         raise ManifestError(f"minutes of valid must hold a mixture of {MIXTURE_SECONDS:g} s, got {valid_minutes}")

@@ -152,7 +152,10 @@ def load(path: str | os.PathLike[str]) -> Manifest:
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ManifestError(f"{path}: {len(missing)} files are missing, the first is {missing[0]}")
-    listed = path.parent / data["recordings"] if data.get("recordings") else None
+    listed = data.get("recordings")
+    if listed is not None and (not isinstance(listed, str) or not listed):
+        raise ManifestError(f"{path}: recordings must be the name of a file, not {listed!r}")
+    listed = None if listed is None else path.parent / listed
     if listed is not None and not listed.is_file():
         raise ManifestError(f"{path}: {listed} is missing")
     return Manifest(path, data["source"], resampler=data.get("resampler"), recordings=listed, **splits)
@@ -246,6 +249,8 @@ def check_folder(folder: Path, settings: Mapping[str, Any]) -> Manifest | None:
         known = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ManifestError(f"{marker}: cannot be read ({error})") from error
+    if not isinstance(known, dict):
+        raise ManifestError(f"{marker}: expected keys and values, got {type(known).__name__}")
     if known != settings:
         keys = sorted(key for key in {*known, *settings} if known.get(key) != settings.get(key))
         changes = ", ".join(f"{key} {known.get(key)!r}, now {settings.get(key)!r}" for key in keys)
@@ -303,9 +308,12 @@ def _entries(path: Path, split: str, rows: Any) -> tuple[Entry, ...]:
         where = f"{path}: {split}[{index}]"
         if not isinstance(row, dict):
             raise ManifestError(f"{where} must be an object")
-        for key, kind in (("name", str), ("speaker", str), ("clean", str), ("noisy", str), ("frames", int)):
-            if not isinstance(row.get(key), kind) or not row[key]:
-                raise ManifestError(f"{where}: {key!r} must be a {kind.__name__} and not empty, not {row.get(key)!r}")
+        for key in ("name", "speaker", "clean", "noisy"):
+            if not isinstance(row.get(key), str) or not row[key]:
+                raise ManifestError(f"{where}: {key!r} must be a text and not empty, not {row.get(key)!r}")
+        frames = row.get("frames")
+        if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
+            raise ManifestError(f"{where}: 'frames' must be a positive integer, not {frames!r}")
         clean, noisy = (path.parent / row[side] for side in ("clean", "noisy"))
         entries.append(
             Entry(row["name"], row["speaker"], clean, noisy, row["frames"], row.get("noise"), row.get("snr"))

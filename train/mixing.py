@@ -18,6 +18,7 @@ __all__ = [
     "TRAIN_SNRS",
     "active_rms",
     "babble",
+    "check_seed",
     "coloured",
     "coloured_noises",
     "excerpt",
@@ -185,6 +186,12 @@ def high_pass(samples: np.ndarray, cutoff: float = 60.0) -> np.ndarray:
     frequencies = np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)
     gain = 0.5 - 0.5 * np.cos(np.pi * np.clip((frequencies / cutoff - 0.7) / 0.7, 0, 1))
     return np.fft.irfft(np.fft.rfft(samples) * gain, len(samples)).astype(np.float32)
+
+
+def check_seed(seed: int) -> None:
+    """ValueError for a seed that numpy's generators do not take."""
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
 
 
 def minutes_by_split(train: float, valid: float, test: float) -> dict[str, float]:

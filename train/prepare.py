@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mvat.errors import Parser, failed
 from train.dns import SKIPPED, Folders, find_folders, prepare_dns
-from train.manifest import summary
+from train.manifest import ManifestError, summary
 from train.mixing import TRAIN_SNRS
 from train.synthetic import prepare_synthetic
 from train.voicebank import EXPECTED_SCORES, noisy_scores, prepare_voicebank
@@ -21,16 +22,18 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
+    except ManifestError as error:  # of many files, a line each
+        title, *details = str(error).splitlines()
+        return failed("train.prepare", title, details)
     except (ValueError, OSError, SourceUnavailable, ModuleNotFoundError) as error:
-        print(f"train.prepare: error: {error}", file=sys.stderr)
-        return 2
+        return failed("train.prepare", error)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m train.prepare", description="Prepare data to train on.")
+    parser = Parser(prog="python -m train.prepare", description="Prepare data to train on.")
     kinds = parser.add_subparsers(required=True, metavar="voicebank|voices|synthetic|dns")
 
     voicebank = kinds.add_parser(

@@ -19,6 +19,7 @@ from train.mixing import (
     TRAIN_SNRS,
     NoiseSource,
     babble,
+    check_seed,
     coloured,
     coloured_noises,
     level,
@@ -178,10 +179,11 @@ def prepare_synthetic(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A negative amount.
+        ValueError: A negative amount or seed.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
     """
     out = Path(out)
+    check_seed(seed)
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
     snrs = {"train": list(train_snrs), "valid": list(train_snrs), "test": list(test_snrs)}
     settings = {"source": "synthetic", "minutes": minutes, "snrs": snrs, "seed": seed}

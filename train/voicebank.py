@@ -224,9 +224,11 @@ def _read_log(source: Path, variant: str, split: str) -> dict[str, tuple[str, fl
 
 
 def _refuse(source: Path, problems: Iterable[str], shown: int = 10) -> None:
-    """Raise one error that counts the problems and lists the first ones."""
+    """Raise the problem, or one error that counts them and lists the first ones."""
     problems = list(problems)
+    if len(problems) == 1:
+        raise ManifestError(problems[0])
     if problems:
         more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
         lines = "\n  ".join([*problems[:shown], *more])
-        raise ManifestError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}\n  {lines}")
+        raise ManifestError(f"{source}: {len(problems)} problems:\n  {lines}")

@@ -22,6 +22,7 @@ from train.mixing import (
     TRAIN_SNRS,
     NoiseSource,
     babble,
+    check_seed,
     coloured_noises,
     excerpt,
     high_pass,
@@ -98,8 +99,8 @@ def prepare_voices(
         progress: Show progress bars.
 
     Raises:
-        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount, or SNRs that are not
-            finite numbers.
+        ValueError: A package that is not in SOURCES, a split without a voice, a negative amount or seed, or SNRs that
+            are not finite numbers.
         ManifestError: The folder is foreign, was made with other settings, or cannot be written.
         SourceUnavailable: A package cannot be downloaded or used. Nothing has been written to `out` then.
     """
@@ -109,6 +110,7 @@ def prepare_voices(
     silent = set(manifest.SPLITS) - {voice.split for name in packages for voice in SOURCES[name].voices}
     if silent:
         raise ValueError(f"the packages {', '.join(packages)} hold no voice for: {', '.join(sorted(silent))}")
+    check_seed(seed)
     minutes = minutes_by_split(train_minutes, valid_minutes, test_minutes)
     if not (len(train_snrs) and len(test_snrs) and np.isfinite([*train_snrs, *test_snrs]).all()):
         raise ValueError(

@@ -39,7 +39,7 @@ def check_parameter(
 
 def check_power(op: str, p: object) -> None:
     """TypeError unless p is a number, ValueError unless it is finite and at least 1."""
-    if not isinstance(p, int | float):
+    if not isinstance(p, int | float) or isinstance(p, bool):
         raise TypeError(f"{op}: p must be a number, got {type(p).__name__}")
     if not 1 <= p < math.inf:
         raise ValueError(f"{op}: p must be finite and at least 1, got {p}")
@@ -53,11 +53,11 @@ def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> N
 
 def check_integer(op: str, name: str, value: object, least: int) -> None:
     """ValueError unless value is an integer of at least `least`."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{op}: {name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_segment_len(op: str, segment_len: object) -> None:
     """ValueError unless segment_len is an even number of samples, at least 2."""
-    if not isinstance(segment_len, int) or segment_len < 2 or segment_len % 2:
+    if not isinstance(segment_len, int) or isinstance(segment_len, bool) or segment_len < 2 or segment_len % 2:
         raise ValueError(f"{op}: segment_len must be an even integer of at least 2, got {segment_len!r}")

@@ -17,6 +17,9 @@ from mvat.models import pretrained
 from mvat.models.blocks import MaskGate, MultiView, ResCon, Views, conv_end
 from mvat.models.presets import PRESETS
 
+#: Of the widest layer; a single convolution would have 64 GB of weights.
+MOST_CHANNELS = 65536
+
 
 class Encoder(nn.Module):
     """Strided convolution, Conformer block, multi-view attention: [B, c, T] -> [B, 2 c, T'], T' = (T - K) // S + 1."""
@@ -150,7 +153,7 @@ def valid_length(length: int, depth: int, kernel_size: int, stride: int) -> int:
 def _rescale(module: nn.Module, reference: float = 0.1) -> None:
     """Divide every convolution's weight and bias by sqrt(std(weight) / reference)."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+        if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d) and not layer.weight.is_meta:  # which has no values
             scale = (layer.weight.detach().std() / reference).sqrt()
             layer.weight.data /= scale
             if layer.bias is not None:
@@ -173,7 +176,7 @@ class Manner(nn.Module):
             encoder and the deepest decoder.
 
     Raises:
-        ValueError: for arguments outside these bounds.
+        ValueError: for arguments outside these bounds, or hidden * 2^depth above 65536.
     """
 
     def __init__(
@@ -211,7 +214,7 @@ class Manner(nn.Module):
     @classmethod
     def from_preset(cls, name: str) -> "Manner":
         """A freshly initialised model of `mvat.models.PRESETS`; ValueError for an unknown name."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"the preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return cls(**PRESETS[name])
 
@@ -230,10 +233,12 @@ class Manner(nn.Module):
         """
         config, state, origin = pretrained.load(source)
         try:
-            model = cls(**config)
+            with torch.device("meta"):  # no memory is taken before the weights fit
+                model = cls(**config)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{origin}: the configuration does not fit Manner: {error}") from None
-        pretrained.load_strictly(model, state, origin)
+        pretrained.check_fit(model, state, origin)
+        model.to_empty(device="cpu").load_state_dict(state)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -295,7 +300,7 @@ class Manner(nn.Module):
 
 def _check_config(config: dict[str, Any]) -> None:
     for name in ("in_channels", "out_channels", "hidden", "depth", "kernel_size", "stride", "growth", "head"):
-        if not isinstance(config[name], int) or config[name] < 1:
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise ValueError(f"{name} must be a positive integer, got {config[name]!r}")
     if config["growth"] != 2:
         raise ValueError(f"growth must be 2, got {config['growth']}")
@@ -306,6 +311,11 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f'attention_layers must be "all" or "deepest", got {config["attention_layers"]!r}')
     if config["hidden"] < 2:
         raise ValueError("hidden must be at least 2, got 1: a convolution's weights are rescaled by their deviation")
+    if config["hidden"] > MOST_CHANNELS >> config["depth"]:
+        raise ValueError(
+            f"hidden * 2 ** depth, the widest layer's channels, must be at most {MOST_CHANNELS}, got hidden = "
+            f"{config['hidden']}, depth = {config['depth']}"
+        )
     narrowest = config["hidden"] * (1 if config["attention_layers"] == "all" else 2 ** (config["depth"] - 1))
     if narrowest < 6:
         raise ValueError(f"an attention block needs at least 6 channels, got hidden = {config['hidden']}")

@@ -19,29 +19,42 @@ WEIGHTS_NAME = "model.safetensors"
 
 def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """The configuration, the state_dict and a name for messages; see `Manner.from_pretrained`."""
+    if not isinstance(source, str | Path):
+        raise TypeError(f"from_pretrained: source must be a path or a name, got {type(source).__name__}")
+    if source == "":
+        raise ValueError("from_pretrained: the name is empty; the folder one is in is written as .")
     path = Path(source)
     if path.is_dir():
         return _load_folder(path)
     if path.is_file():
         return _load_checkpoint(path)
+    if path.exists():
+        raise ValueError(f"{path}: is no regular file")
     return _load_folder(_download(source))
 
 
 def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write both files under temporary names, then rename them, so that a failure leaves the former ones whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as packed
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(f"{folder}: is a file, expected a folder") from None
     text = json.dumps({"architecture": "Manner", "sample_rate": 16_000, "arguments": dict(config)}, indent=2)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with replacing(settings) as new_settings, replacing(weights) as new_weights:
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, new_weights)
+        # Its own way of writing files lets nobody but their owner read them.
+        new_weights.write_bytes(packed({name: value.detach().cpu().contiguous() for name, value in state.items()}))
         new_settings.write_text(text + "\n")
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """load_state_dict with every name and shape checked first; ValueError in one line that names the origin."""
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """ValueError in one line that names the origin, unless the model can load the weights strictly and all are finite.
+
+    The model may be on the meta device.
+    """
     expected = model.state_dict()
     problems = []
     for kind, names in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
@@ -53,9 +66,15 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], origin: str) ->
         problems.append(
             f"{len(shapes)} of another shape (such as {n}: {list(state[n].shape)} instead of {list(expected[n].shape)})"
         )
+    kinds = [n for n in expected if n in state and expected[n].is_floating_point() > state[n].is_floating_point()]
+    if kinds:
+        n = kinds[0]
+        problems.append(f"{len(kinds)} of another kind (such as {n}: {state[n].dtype} instead of {expected[n].dtype})")
     if problems:
         raise ValueError(f"{origin}: the weights do not fit the model: {', '.join(problems)}")
-    model.load_state_dict(state)
+    wild = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if wild:
+        raise ValueError(f"{origin}: {len(wild)} weights hold NaN or infinity (such as {wild[0]})")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -65,16 +84,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: if it is no readable checkpoint or holds Python objects; names the file and the reason.
     """
     try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    if not start:
+        raise ValueError(f"{path}: is empty, expected a checkpoint")
+    if start[8:] == b"{":
+        raise ValueError(f"{path}: is a safetensors file; give the folder of {WEIGHTS_NAME} and {CONFIG_NAME}")
+    unreadable = f"{path}: not a readable checkpoint: it is cut, damaged or of another kind"
+    if not start.startswith((b"PK", b"\x80")):  # what torch.save writes: a ZIP, once a pickle
+        raise ValueError(unreadable)
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch says of a foreign file; the error below is enough
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose own text recommends the unsafe way out
         reason = "it is damaged or holds Python objects other than tensors and plain values"
         raise ValueError(f"{path}: refused to load the checkpoint: {reason}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception:  # torch.load raises many types for a cut or foreign file, few of them in plain words
-        raise ValueError(f"{path}: not a readable checkpoint: it is cut, damaged or of another kind") from None
+        raise ValueError(unreadable) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint: it holds a {type(content).__name__} instead of a dictionary")
     return content
@@ -95,8 +124,11 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f'{settings}: not a model\'s configuration: expected JSON with "arguments"') from None
     try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
+        with open(weights, "rb"):  # safetensors takes a file that may not be read for one that is missing
+            state = load_file(weights)
+    except OSError as error:
+        raise ValueError(f"{weights}: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise ValueError(f"{weights}: not a readable safetensors file ({error})") from None
     return dict(config), state, str(folder)
 
@@ -107,7 +139,11 @@ def _load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f'{path}: not a checkpoint of a model: it has no "state_dict" of tensors')
     config = content.get("model_config")
-    return (dict(config) if isinstance(config, dict) else _infer_config(state, path)), state, str(path)
+    if config is None:
+        config = _infer_config(state, path)
+    elif not isinstance(config, dict):
+        raise ValueError(f'{path}: "model_config" must be a dictionary, got {type(config).__name__}')
+    return dict(config), state, str(path)
 
 
 def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

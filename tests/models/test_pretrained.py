@@ -278,13 +278,21 @@ def test_an_unwritable_folder(model: Manner, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "keep me" and os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("failing", ["safetensors.torch.save_file", "pathlib.Path.write_text", "os.replace"])
+def test_both_files_can_be_read_by_whoever_reads_other_new_files(model: Manner, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *(tmp_path / "model").iterdir())}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("failing", ["pathlib.Path.write_bytes", "pathlib.Path.write_text", "os.replace"])
 def test_a_failing_save_leaves_the_former_files_whole(
     failing: str, model: Manner, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*arguments: object, **keywords: object) -> None:
-        if failing.endswith("save_file"):
-            Path(arguments[1]).write_bytes(b"half")
+        if failing.endswith("write_bytes"):
+            with open(arguments[0], "wb") as file:
+                file.write(b"half")
         raise OSError(28, "No space left on device")
 
     shutil.copytree(folder, tmp_path / "before")

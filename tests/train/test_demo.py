@@ -54,5 +54,5 @@ def test_the_demonstration_runs_through_and_is_honest_about_the_result(tiny, cap
 
 def test_voices_that_were_asked_for_are_not_replaced(tiny, capsys):
     assert demo.main(["--data", str(tiny / "data"), "--out", str(tiny / "runs"), "--source", "voices"]) == 2
-    assert capsys.readouterr().err == "error: no network\n"
+    assert capsys.readouterr().err == "train.demo: error: no network\n"
     assert not (tiny / "runs").exists()

@@ -1,0 +1,35 @@
+"""How a command ends for what its user must mend: one line on stderr, exit status 2. Nothing heavy is imported."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+__all__ = ["Parser", "failed", "listed", "one_line"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError in place of printing its usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def failed(program: str, error: BaseException | str, details: Iterable[str] = ()) -> int:
+    """Print "<program>: error: <what and why>" in one line, below it the details, indented; gives the exit status."""
+    text = error if isinstance(error, str) else one_line(error)
+    print(listed(f"{program}: error: {text}", details), file=sys.stderr)
+    return 2
+
+
+def listed(title: str, details: Iterable[str]) -> str:
+    """A title and below it one indented line a detail."""
+    return "\n  ".join([title, *(" ".join(detail.split()) for detail in details)])
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks: the name first, where the system refused a file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
