@@ -78,9 +78,9 @@ def note(self, *arguments, grid, warmup, num_warps, num_stages=3, **constants):
     name = self.__name__.removesuffix("_kernel")
     chosen.add((name, kind, feature, frozenset(constants.items()), num_warps, num_stages, architecture))
 JITFunction.run = note
-kernels._processors = lambda device: 132
+kernels.processors = lambda device: 132
 for architecture in ARCHITECTURES:
-    kernels._capability = lambda device: divmod(architecture, 10)
+    kernels.capability = lambda device: divmod(architecture, 10)
     for dtype, precision, C in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), ("highest", "high"), (32, 64)
     ):

@@ -106,14 +106,16 @@ def mask_gate(
     weights = tanh_weight, tanh_bias, sigmoid_weight, sigmoid_bias, out_weight, out_bias
     if not use_fused(op, x):
         return mask_gate_reference(x, *weights, shortcut, norm=norm, shortcut_norm=shortcut_norm, training=training)
+    x, wide = native.autocast(x), native.wide(x.dtype)
+    shortcut = None if shortcut is None else shortcut.to(x.dtype)
     norm, shortcut_norm = (None if value is None else Norm(*value) for value in (norm, shortcut_norm))
     return torch.ops.mvat.mask_gate(
         x,
         *applied(norm, x, training, statistics),
-        torch.cat((tanh_weight, sigmoid_weight)).to(x.dtype),
-        torch.cat((tanh_bias, sigmoid_bias)).to(x.dtype),
-        out_weight.to(x.dtype),
-        out_bias.to(x.dtype),
+        torch.cat((tanh_weight, sigmoid_weight)).to(wide),
+        torch.cat((tanh_bias, sigmoid_bias)).to(wide),
+        out_weight.to(wide),
+        out_bias.to(wide),
         shortcut,
         *((None,) * 4 if shortcut is None else applied(shortcut_norm, shortcut, training, shortcut_statistics)),
         0.0 if norm is None else norm.eps,
@@ -122,7 +124,8 @@ def mask_gate(
     )
 
 
-register("mask_gate", native.supports("mask_gate", ("cpu",)))
+native.implement_in_triton("mask_gate", "mask_gate_backward")
+register("mask_gate", native.supports("mask_gate", ("cpu", "cuda")))
 
 
 def _fake(x, norm_weight, norm_bias, mean, var, gates, gates_bias, last, *_):
@@ -131,8 +134,8 @@ def _fake(x, norm_weight, norm_bias, mean, var, gates, gates_bias, last, *_):
 
 def _fake_backward(grad, x, norm_weight, norm_bias, mean, var, gates, gates_bias, last, last_bias, shortcut, *_):
     weights = [t.new_empty(t.shape) for t in (gates, gates_bias, last, last_bias)]
-    sums = x.new_empty((2, x.shape[1]))
-    return x.new_empty(x.shape), sums, *weights, x.new_empty((0 if shortcut is None else 2, last.shape[0]))
+    sums = last.new_empty((2, x.shape[1]))
+    return x.new_empty(x.shape), sums, *weights, last.new_empty((0 if shortcut is None else 2, last.shape[0]))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -55,7 +55,7 @@ def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor, stati
         # The statistics stay float32 where the parameters are half precision, so their dtype is their own.
         check_parameter(op, f"{name}.{field}", value, (channels,), x, any_dtype=True)
     if statistics is not None:
-        check_parameter(op, f"the statistics for {name}", statistics, (2, channels), x)
+        check_parameter(op, f"the statistics for {name}", statistics, (2, channels), x, any_dtype=True)
 
 
 def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
@@ -74,7 +74,7 @@ def applied(norm: Norm | None, x: Tensor, training: bool, statistics: Tensor | N
     """
     if norm is None:
         return None, None, None, None
-    weight, bias, mean, var = (value.to(x.dtype) for value in norm[:4])
+    weight, bias, mean, var = (value.to(native.wide(x.dtype)) for value in norm[:4])
     if not training:
         return weight, bias, mean, var
     count = x.shape[0] * x.shape[2]
@@ -97,7 +97,10 @@ def norm_gradient(dz: Tensor, x: Tensor, norm: Applied, sums: Tensor, eps: float
     return torch.ops.mvat.norm_gradient(dz, x, weight, mean, var, sums, eps, x.shape[0] * x.shape[2], training)
 
 
+native.implement_in_triton("batch_statistics", "norm_gradient")
 if native.missing("norm_gradient") is None:
-    torch.library.register_fake("mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1])))
+    torch.library.register_fake(
+        "mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1]), dtype=native.wide(x.dtype))
+    )
     torch.library.register_fake("mvat::norm_gradient", lambda dz, x, *_: x.new_empty(x.shape))
     torch.library.register_autograd("mvat::norm_gradient", native.no_second_derivative("batch norm"))

@@ -188,13 +188,14 @@ def norm_act_conv(
         check_parameter(op, "bias", bias, (out,), x)
     if norm is not None:
         check_norm(op, "norm", norm, x.shape[1], x, statistics)
-    if use_fused(op, x):
+    if use_fused(op, x, _limit(x, channels, out, kernel, stride, groups, transposed)):
+        x, wide = native.autocast(x), native.wide(x.dtype)
         norm = None if norm is None else Norm(*norm)
         y, gathered = torch.ops.mvat.norm_act_conv(
             x,
             *applied(norm, x, training, statistics),
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
+            weight.to(wide),
+            None if bias is None else bias.to(wide),
             0.0 if norm is None else norm.eps,
             activation_index(activation),
             stride,
@@ -259,6 +260,7 @@ def norm_act(
     if use_fused("norm_act_conv", x):
         norm = Norm(*norm)
         shortcut_norm = None if shortcut_norm is None else Norm(*shortcut_norm)
+        shortcut = None if shortcut is None else shortcut.to(x.dtype)
         return torch.ops.mvat.norm_act(
             x,
             *applied(norm, x, training, statistics),
@@ -272,19 +274,31 @@ def norm_act(
     return norm_act_reference(x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training)
 
 
-register("norm_act_conv", native.supports("norm_act_conv", ("cpu",)))
+def _limit(x: Tensor, channels: int, out: int, kernel: int, stride: int, groups: int, transposed: bool) -> str | None:
+    """What the CUDA kernels do not take of the convolutions there are."""
+    if x.device.type != "cuda":
+        return None
+    if groups > 1 and not (groups == channels == out and stride == 1 and not transposed and kernel <= 33):
+        return "on cuda its kernels take one group, or a group a channel with stride 1 and at most 33 taps"
+    if transposed and kernel < stride:
+        return "on cuda its kernels take a transposed convolution of at least as many taps as its stride"
+    return None
+
+
+native.implement_in_triton("norm_act_conv", "norm_act_conv_backward", "norm_act", "norm_act_backward")
+register("norm_act_conv", native.supports("norm_act_conv", ("cpu", "cuda")))
 
 
 def _conv_fake(x, norm_weight, norm_bias, mean, var, weight, bias, eps, activation, stride, padding, groups, *rest):
     transposed, _, statistics = rest
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     y = x.new_empty((x.shape[0], out, length_out(x.shape[2], weight.shape[2], stride, padding, transposed)))
-    return y, x.new_empty((2 if statistics else 0, out))
+    return y, weight.new_empty((2 if statistics else 0, out))
 
 
 def _conv_fake_backward(grad, x, norm_weight, norm_bias, mean, var, weight, has_bias, *_):
-    bias = x.new_empty(grad.shape[1] if has_bias else 0)
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty(weight.shape), bias
+    bias = weight.new_empty(grad.shape[1] if has_bias else 0)
+    return x.new_empty(x.shape), weight.new_empty((2, x.shape[1])), weight.new_empty(weight.shape), bias
 
 
 def _conv_setup_context(ctx, inputs, output) -> None:
@@ -315,7 +329,9 @@ def _act_fake(x, *rest):
 
 
 def _act_fake_backward(grad, x, *rest):
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty((0 if rest[4] is None else 2, x.shape[1]))
+    wide = native.wide(x.dtype)
+    sums = (x.new_empty((n, x.shape[1]), dtype=wide) for n in (2, 0 if rest[4] is None else 2))
+    return x.new_empty(x.shape), *sums
 
 
 def _act_setup_context(ctx, inputs, output) -> None:

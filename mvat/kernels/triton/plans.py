@@ -161,15 +161,102 @@ _PLANS = {
 }
 
 
+@dataclass(frozen=True)
+class Block:
+    """A product's tile: rows (of time), the most columns and the most of the sum at a step; warps, pipeline stages."""
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """Everything that the launchers of norm_act_conv choose.
+
+    `weights` has channels in rows and columns, and time in the sum; `pointwise` has the most channels of either side in
+    its columns; `depthwise` has blocks of 32 samples in its rows, few of them for short features.
+    """
+
+    forward: Block
+    data: Block
+    weights: Block
+    pointwise: Block
+    depthwise: Block
+    short: Block
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """Everything that the launchers of mask_gate choose; their blocks' columns are the most channels that are fused."""
+
+    forward: Block
+    backward: Block
+    wide: ConvPlan
+
+
+def check_capability(op: str, capability: tuple[int, int]) -> None:
+    """RuntimeError below 8.0, which has neither bfloat16 nor tf32."""
+    if capability < (8, 0):
+        raise RuntimeError(
+            f"{op}: its kernel takes compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}; "
+            "use mvat.kernels.use_backend('eager')"
+        )
+
+
 def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
     """The plan for a GPU of this compute capability.
 
     Raises:
         RuntimeError: below 8.0, which has neither bfloat16 nor tf32.
     """
-    if capability < (8, 0):
-        raise RuntimeError(
-            "global_attention: its kernel takes compute capability 8.0 or more, this GPU has "
-            f"{capability[0]}.{capability[1]}; use mvat.kernels.use_backend('eager')"
-        )
+    check_capability("global_attention", capability)
     return _PLANS.get(capability[0], _OTHERS)[kind]
+
+
+_CONV = {
+    Kind.BF16: ConvPlan(
+        forward=Block(128, 128, 64, 8, 2),
+        data=Block(64, 64, 64, 8, 2),
+        weights=Block(64, 64, 64, 4, 2),
+        pointwise=Block(64, 64, 64, 8, 1),
+        depthwise=Block(64, 32, 64, 4, 1),
+        short=Block(16, 32, 64, 4, 1),
+    ),
+    Kind.TF32: ConvPlan(
+        forward=Block(64, 64, 32, 4, 2),
+        data=Block(64, 64, 32, 8, 2),
+        weights=Block(64, 64, 32, 4, 2),
+        pointwise=Block(64, 64, 64, 8, 1),
+        depthwise=Block(64, 32, 64, 4, 1),
+        short=Block(16, 32, 64, 4, 1),
+    ),
+    Kind.TF32X3: ConvPlan(
+        forward=Block(64, 64, 16, 4, 2),
+        data=Block(64, 64, 16, 8, 2),
+        weights=Block(64, 64, 16, 8, 2),
+        pointwise=Block(64, 64, 64, 8, 1),
+        depthwise=Block(64, 32, 64, 4, 1),
+        short=Block(16, 32, 64, 4, 1),
+    ),
+}
+
+
+def choose_conv(kind: Kind, capability: tuple[int, int]) -> ConvPlan:
+    """Likewise for the convolution stages."""
+    check_capability("norm_act_conv", capability)
+    return _CONV[kind]
+
+
+_GATE = {
+    Kind.BF16: (Block(64, 128, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.TF32: (Block(64, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.TF32X3: (Block(32, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+}
+
+
+def choose_gate(kind: Kind, capability: tuple[int, int]) -> GatePlan:
+    """Likewise for mask_gate."""
+    return GatePlan(*_GATE[kind], choose_conv(kind, capability))
