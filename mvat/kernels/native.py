@@ -40,12 +40,12 @@ def _load() -> str | None:
 _missing = _load()
 
 #: Operators whose CUDA kernels are Triton's: their module in mvat.kernels.triton and the function there.
-_IN_TRITON: dict[str, tuple[str, str]] = {
+IN_TRITON: dict[str, tuple[str, str]] = {
     "batch_statistics": ("norm_act", "batch_statistics"),
     "norm_gradient": ("norm_act", "norm_gradient"),
 }
 for _op in ("global_attention", "mask_gate", "norm_act", "norm_act_conv"):
-    _IN_TRITON |= {_op: (_op, "forward"), f"{_op}_backward": (_op, "backward")}
+    IN_TRITON |= {_op: (_op, "forward"), f"{_op}_backward": (_op, "backward")}
 
 
 def missing(operator: str, device_type: str = "cpu") -> str | None:
@@ -59,7 +59,7 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
     known = hasattr(torch.ops.mvat, operator)
     if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"mvat::{operator}", device_type.upper()):
         return None
-    if device_type == "cuda" and operator in _IN_TRITON:
+    if device_type == "cuda" and operator in IN_TRITON:
         return "Triton is not installed; run `pip install triton`"
     if device_type == "cuda":
         return f"the C++ extension is built without CUDA (it takes nvcc and a PyTorch with CUDA); {_REBUILD}"
@@ -81,7 +81,7 @@ def implement_in_triton(*operators: str) -> None:
 
     for operator in operators:
         if found and missing(operator) is None:
-            _library.impl(operator, lazily(*_IN_TRITON[operator]), "CUDA")
+            _library.impl(operator, lazily(*IN_TRITON[operator]), "CUDA")
 
 
 # What is registered stays so for as long as this object lives.

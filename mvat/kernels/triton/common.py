@@ -149,7 +149,7 @@ def store_moments(moments, at, plane, values, there, mask, AXIS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["channels", "entries"])
-def combine_kernel(moments, out, channels, entries, BLOCK: tl.constexpr):
+def statistics_kernel(moments, out, channels, entries, BLOCK: tl.constexpr):
     """Mean and biased variance [2, channels] from moments [3, channels, entries]; a program takes a channel."""
     c = tl.program_id(0).to(tl.int64)
     plane = channels.to(tl.int64) * entries
@@ -200,7 +200,7 @@ def statistics(moments: Tensor, channels: int) -> Tensor:
     """[2, channels], mean and biased variance, from partial moments [3, channels * any, entries]."""
     out = moments.new_empty(2, channels)
     entries = moments.shape[1] // channels * moments.shape[2]
-    combine_kernel[(channels,)](moments, out, channels, entries, BLOCK=COMBINE_BLOCK, num_warps=4)
+    statistics_kernel[(channels,)](moments, out, channels, entries, BLOCK=COMBINE_BLOCK, num_warps=4)
     return out
 
 
@@ -221,8 +221,8 @@ def unit(*features: Tensor) -> int:
 
 
 def width(channels: int, most: int) -> int:
-    """Channels of a tile: a power of two from 16, the least that a product takes, to `most`."""
-    return min(most, max(16, triton.next_power_of_2(channels)))
+    """Channels of a tile: a power of two, at least 32, at most `most`: every width is another compilation."""
+    return min(most, max(32, triton.next_power_of_2(channels)))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mvat.kernels.triton import common
 from mvat.kernels.triton.common import (
     TYPES,
     AppliedNorm,
@@ -23,7 +24,6 @@ from mvat.kernels.triton.common import (
     activated,
     norm_rows,
     operand,
-    processors,
     statistics,
     store_moments,
     total,
@@ -188,7 +188,7 @@ def backward(
     block, back = _block(plan, max(T, T_out)), taps - 1 - padding
     wide, (lead, back_lead) = _leads((padding, back), taps, unit(x, grad))
     tiles, weight = triton.cdiv(max(T, T_out), block.rows * HOP.value), weight.contiguous()
-    splits = max(1, min(B * tiles, 8 * processors(x.device) // C))
+    splits = max(1, min(B * tiles, 8 * common.processors(x.device) // C))
     sums, partials, bias = (
         x.new_empty(s, dtype=torch.float32) for s in ((2, channels, splits), (splits, C, WINDOW.value), (splits, C))
     )

@@ -28,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvat.kernels.triton.common import TYPES, capability, dense_rows, operand, processors
+from mvat.kernels.triton import common
+from mvat.kernels.triton.common import TYPES, dense_rows, operand
 from mvat.kernels.triton.plans import Kind, Plan, choose
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -350,7 +351,7 @@ def forward(
     if not y.numel():
         return y, softmax.zero_(), mixed.zero_()
     kind = Kind.of(x)
-    plan = plan or choose(kind, capability(x.device))
+    plan = plan or choose(kind, common.capability(x.device))
     a, m, sizes = a.contiguous(), m.contiguous(), {"C": segment_len, "PRECISION": kind.precision}
     with torch.cuda.device_of(x):
         if plan.small_forward.holds(P):
@@ -364,7 +365,7 @@ def forward(
         xp, tile = _padded(x, segment_len, kind), plan.forward
         sizes |= {"R": tile.rows}
         launch = {"STEP": tile.step, "num_warps": tile.warps, "num_stages": tile.stages}
-        splits = plan.splits(S * triton.cdiv(P, tile.rows), P, processors(x.device))
+        splits = plan.splits(S * triton.cdiv(P, tile.rows), P, common.processors(x.device))
         if splits == 1:
             forward_kernel[(S * triton.cdiv(P - 1, tile.rows - 1),)](
                 xp, a, m, y, softmax, mixed, xp, P, T, S, 1, int(keep), SPLIT=False, **sizes, **launch
@@ -395,8 +396,8 @@ def backward(
     if not dx.numel():
         return dx, torch.zeros_like(a), torch.zeros_like(m)
     kind = Kind.of(x)
-    plan = plan or choose(kind, capability(x.device))
-    programs = 2 * processors(x.device)
+    plan = plan or choose(kind, common.capability(x.device))
+    programs = 2 * common.processors(x.device)
     a, m, softmax, mixed = a.contiguous(), m.contiguous(), softmax.contiguous(), mixed.contiguous()
     sizes = {"C": C, "PRECISION": kind.precision}
     with torch.cuda.device_of(x):

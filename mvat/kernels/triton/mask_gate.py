@@ -15,21 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mvat.kernels.norm import Applied
-from mvat.kernels.triton import norm_act, norm_act_conv
+from mvat.kernels.triton import common, norm_act, norm_act_conv
 from mvat.kernels.triton.common import (
     GATE,
     IDENTITY,
     RELU,
     TYPES,
     AppliedNorm,
-    capability,
     dense_rows,
     norm_rows,
     operand,
-    processors,
     sigmoid,
     tanh,
-    total,
     unit,
     width,
 )
@@ -88,84 +85,58 @@ def gate_kernel(x_in, norm_weight, norm_bias, mean, var, gates, gates_bias, last
 
 @triton.jit(do_not_specialize=_SIZES)
 def gate_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, gates, gates_bias, last, last_bias, shortcut,
-                         s_weight, s_bias, s_mean, s_var, dz, sums, shortcut_sums, d_gates, d_gates_bias, d_last,
-                         d_last_bias, eps, normed, added, s_eps, s_normed, tiles, C, H, Z, T, B, splits, x_batch,
-                         x_channel, s_batch, s_channel, g_batch, g_channel, UNIT: tl.constexpr, ROWS: tl.constexpr,
-                         IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
-    """A share of the tiles, all channels. Partial sums: sums [2, C, splits], shortcut_sums [2, Z, splits], d_gates
-    [splits, 2 H, C], d_gates_bias [splits, 2 H], d_last [splits, Z, H], d_last_bias [splits, Z]."""
-    split = tl.program_id(0)
+                         s_mean, s_var, d_gates, product, d_last, sums, eps, normed, added, s_eps, s_normed, tiles, C,
+                         H,
+                         Z, T, B, x_batch, x_channel, s_batch, s_channel, g_batch, g_channel, UNIT: tl.constexpr,
+                         ROWS: tl.constexpr, IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr,
+                         DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A tile, all channels: the gradients before the gates' activations and of the last product, and tanh * sigmoid.
+
+    sums [2 H + 3 Z, B tiles]: of the gates' gradients, of d_last, of grad, of grad times the shortcut's x^.
+    """
+    tile, b = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    t = (tile * ROWS + tl.arange(0, ROWS))[:, None]
     T *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    s_channel = (s_channel * UNIT).to(tl.int64)
-    g_channel = (g_channel * UNIT).to(tl.int64)
     c, h, o = tl.arange(0, IN), tl.arange(0, HIDDEN), tl.arange(0, OUT)
     m, r, s, a = norm_rows(norm_weight, norm_bias, mean, var, eps, c, (c < C) & (normed != 0))
-    s_m, s_r, _, _ = norm_rows(s_weight, s_bias, s_mean, s_var, s_eps, o, (o < Z) & (s_normed != 0))
-    bias_one = tl.load(gates_bias + h, mask=h < H, other=0.0)[None, :]
-    bias_two = tl.load(gates_bias + H + h, mask=h < H, other=0.0)[None, :]
-    bias_last = tl.load(last_bias + o, mask=o < Z, other=0.0)[None, :]
-    w_one = tl.zeros([HIDDEN, IN], tl.float32)
-    w_two = tl.zeros([HIDDEN, IN], tl.float32)
-    w_last = tl.zeros([OUT, HIDDEN], tl.float32)
-    b_one = tl.zeros([HIDDEN], tl.float32)
-    b_two = tl.zeros([HIDDEN], tl.float32)
-    b_last = tl.zeros([OUT], tl.float32)
-    sum_z = tl.zeros([IN], tl.float32)
-    sum_n = tl.zeros([IN], tl.float32)
-    sum_g = tl.zeros([OUT], tl.float32)
-    sum_s = tl.zeros([OUT], tl.float32)
-    for i in range(split, B * tiles, splits):
-        b = (i // tiles).to(tl.int64)
-        t = (i % tiles * ROWS + tl.arange(0, ROWS))[:, None]
-        there = (t < T) & (c < C)[None, :]
-        normal = _normal(x_in + b * (x_batch * UNIT), c, t, there, x_channel, m[None, :], r[None, :])
-        u = operand(tl.where(there, normal * s[None, :] + a[None, :], 0.0), DTYPE, PRECISION)
-        one = tl.dot(u, _matrix(gates, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
-        two = tl.dot(u, _matrix(gates + H * C, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
-        one, two = tanh(one + bias_one), sigmoid(two + bias_two)
-        p = operand(one * two, DTYPE, PRECISION)
-        z = tl.dot(p, _matrix(last, h, o, H, Z, 1, H, DTYPE, PRECISION), input_precision=PRECISION) + bias_last
-        own = (t < T) & (o < Z)[None, :]
-        g = tl.load(g_in + b * (g_batch * UNIT) + o[None, :].to(tl.int64) * g_channel + t, mask=own, other=0.0).to(
-            tl.float32
-        )
-        if added:
-            sum_g += tl.sum(g, 0)
-            sum_s += tl.sum(
-                g * _normal(shortcut + b * (s_batch * UNIT), o, t, own, s_channel, s_m[None, :], s_r[None, :]), 0
-            )
-        g = tl.where(z <= 0.0, 0.0, g)
-        b_last += tl.sum(g, 0)
-        g = operand(g, DTYPE, PRECISION)
-        w_last = tl.dot(tl.trans(g), p, w_last, input_precision=PRECISION)
-        d = tl.dot(g, _matrix(last, o, h, Z, H, H, 1, DTYPE, PRECISION), input_precision=PRECISION)
-        d_one = d * two * (1.0 - one * one)
-        d_two = d * one * (two * (1.0 - two))
-        b_one += tl.sum(d_one, 0)
-        b_two += tl.sum(d_two, 0)
-        d_one, d_two = operand(d_one, DTYPE, PRECISION), operand(d_two, DTYPE, PRECISION)
-        w_one = tl.dot(tl.trans(d_one), u, w_one, input_precision=PRECISION)
-        w_two = tl.dot(tl.trans(d_two), u, w_two, input_precision=PRECISION)
-        d = tl.dot(d_one, _matrix(gates, h, c, H, C, C, 1, DTYPE, PRECISION), input_precision=PRECISION)
-        d = tl.dot(d_two, _matrix(gates + H * C, h, c, H, C, C, 1, DTYPE, PRECISION), d, input_precision=PRECISION)
-        d = tl.where(there, d, 0.0)
-        tl.store(dz + (b * C + c[None, :]) * T + t, d, mask=there)
-        sum_z += tl.sum(d, 0)
-        sum_n += tl.sum(d * normal, 0)
-    target = d_gates + (split * 2 * H + h[:, None]) * C + c[None, :]
-    tl.store(target, w_one, mask=(h < H)[:, None] & (c < C)[None, :])
-    tl.store(target + H * C, w_two, mask=(h < H)[:, None] & (c < C)[None, :])
-    tl.store(d_last + (split * Z + o[:, None]) * H + h[None, :], w_last, mask=(o < Z)[:, None] & (h < H)[None, :])
-    tl.store(d_gates_bias + split * 2 * H + h, b_one, mask=h < H)
-    tl.store(d_gates_bias + split * 2 * H + H + h, b_two, mask=h < H)
-    tl.store(d_last_bias + split * Z + o, b_last, mask=o < Z)
-    tl.store(sums + c * splits + split, sum_z, mask=c < C)
-    tl.store(sums + (C + c) * splits + split, sum_n, mask=c < C)
+    there = (t < T) & (c < C)[None, :]
+    u = _normal(x_in + b * (x_batch * UNIT), c, t, there, (x_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+    u = operand(tl.where(there, u * s[None, :] + a[None, :], 0.0), DTYPE, PRECISION)
+    one = tl.dot(u, _matrix(gates, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
+    two = tl.dot(u, _matrix(gates + H * C, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
+    one = tanh(one + tl.load(gates_bias + h, mask=h < H, other=0.0)[None, :])
+    two = sigmoid(two + tl.load(gates_bias + H + h, mask=h < H, other=0.0)[None, :])
+    hidden = (t < T) & (h < H)[None, :]
+    own = (t < T) & (o < Z)[None, :]
+    p = one * two
+    tl.store(product + (b * H + h[None, :]) * T + t, p, mask=hidden)
+    z = tl.dot(
+        operand(p, DTYPE, PRECISION), _matrix(last, h, o, H, Z, 1, H, DTYPE, PRECISION), input_precision=PRECISION
+    )
+    z += tl.load(last_bias + o, mask=o < Z, other=0.0)[None, :]
+    row = g_in + b * (g_batch * UNIT)
+    g = tl.load(row + o[None, :].to(tl.int64) * (g_channel * UNIT) + t, mask=own, other=0.0).to(tl.float32)
+    entries = B * tiles
+    sums += b * tiles + tile
     if added:
-        tl.store(shortcut_sums + o * splits + split, sum_g, mask=o < Z)
-        tl.store(shortcut_sums + (Z + o) * splits + split, sum_s, mask=o < Z)
+        m, r, _, _ = norm_rows(s_mean, s_mean, s_mean, s_var, s_eps, o, (o < Z) & (s_normed != 0))
+        row = shortcut + b * (s_batch * UNIT)
+        normal = _normal(row, o, t, own, (s_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+        tl.store(sums + (2 * H + Z + o).to(tl.int64) * entries, tl.sum(g, 0), mask=o < Z)
+        tl.store(sums + (2 * H + 2 * Z + o).to(tl.int64) * entries, tl.sum(g * normal, 0), mask=o < Z)
+    g = tl.where(z <= 0.0, 0.0, g)
+    tl.store(d_last + (b * Z + o[None, :]) * T + t, g, mask=own)
+    tl.store(sums + (2 * H + o).to(tl.int64) * entries, tl.sum(g, 0), mask=o < Z)
+    d = tl.dot(
+        operand(g, DTYPE, PRECISION), _matrix(last, o, h, Z, H, H, 1, DTYPE, PRECISION), input_precision=PRECISION
+    )
+    d_two = d * p * (1.0 - two)
+    d *= two * (1.0 - one * one)
+    to = d_gates + (b * (2 * H) + h[None, :]) * T + t
+    tl.store(to, d, mask=hidden)
+    tl.store(to + H.to(tl.int64) * T, d_two, mask=hidden)
+    tl.store(sums + h.to(tl.int64) * entries, tl.sum(tl.where(hidden, d, 0.0), 0), mask=h < H)
+    tl.store(sums + (H + h).to(tl.int64) * entries, tl.sum(tl.where(hidden, d_two, 0.0), 0), mask=h < H)
 
 
 def forward(
@@ -180,7 +151,7 @@ def forward(
     if not y.numel():
         return y
     kind = Kind.of(x)
-    plan = plan or choose_gate(kind, capability(x.device))
+    plan = plan or choose_gate(kind, common.capability(x.device))
     others = shortcut, shortcut_weight, shortcut_bias, shortcut_mean, shortcut_var
     if max(C, H, Z) > plan.forward.cols:
         _, z = _products(x, (norm_weight, norm_bias, mean, var), gates, gates_bias, last, last_bias, eps, plan)
@@ -217,7 +188,7 @@ def backward(
         weights = (torch.zeros_like(t) for t in (gates, gates_bias, last, last_bias))
         return dz, gates.new_zeros(2, C), *weights, gates.new_zeros(2 * added, Z)
     kind = Kind.of(x)
-    plan = plan or choose_gate(kind, capability(x.device))
+    plan = plan or choose_gate(kind, common.capability(x.device))
     own, others = (norm_weight, norm_bias, mean, var), (shortcut_weight, shortcut_bias, shortcut_mean, shortcut_var)
     none: Applied = (None,) * 4
     if max(C, H, Z) > plan.backward.cols:
@@ -237,26 +208,32 @@ def backward(
     norm, other = AppliedNorm.of(*own, eps, gates), AppliedNorm.of(*others, shortcut_eps, gates)
     block, wide = plan.backward, unit(x, grad, side)
     tiles = triton.cdiv(T, block.rows)
-    splits = min(B * tiles, 2 * processors(x.device))
-    shapes = (2, C, splits), (2, Z * added, splits), (splits, 2 * H, C), (splits, 2 * H), (splits, Z, H), (splits, Z)
-    sums, shortcut_sums, *partials = (gates.new_empty(shape) for shape in shapes)
+    dp, p, d = (x.new_empty(B, channels, T) for channels in (2 * H, H, Z))
+    sums = gates.new_empty(2 * H + 3 * Z, B * tiles)
     with torch.cuda.device_of(x):
-        gate_backward_kernel[(splits,)](
+        gate_backward_kernel[(B * tiles,)](
             grad, x, *norm.tensors, gates.contiguous(), gates_bias.contiguous(), last.contiguous(),
             last_bias.contiguous(),
-            side, *other.tensors, dz, sums, shortcut_sums, *partials, norm.eps, norm.given, int(added), other.eps,
-            other.given, tiles, C, H, Z, T // wide, B, splits, x.stride(0) // wide, x.stride(1) // wide,
-            side.stride(0) // wide, side.stride(1) // wide, grad.stride(0) // wide, grad.stride(1) // wide, UNIT=wide,
-            ROWS=block.rows, IN=width(C, block.cols), HIDDEN=width(H, block.cols), OUT=width(Z, block.cols),
-            DTYPE=TYPES[kind.dtype], PRECISION=kind.precision, num_warps=block.warps, num_stages=block.stages,
+            side, *other.tensors[2:], dp, p, d, sums, norm.eps, norm.given, int(added), other.eps, other.given, tiles,
+            C, H, Z,
+            T // wide, B, x.stride(0) // wide, x.stride(1) // wide, side.stride(0) // wide, side.stride(1) // wide,
+            grad.stride(0) // wide, grad.stride(1) // wide, UNIT=wide, ROWS=block.rows, IN=width(C, block.cols),
+            HIDDEN=width(H, block.cols), OUT=width(Z, block.cols), DTYPE=TYPES[kind.dtype], PRECISION=kind.precision,
+            num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
-    d_gates, d_gates_bias, d_last, d_last_bias = (partial.sum(0) for partial in partials)
-    shortcut_sums = total(shortcut_sums, Z) if added else shortcut_sums.new_empty(0, Z)
-    return dz, total(sums, C), d_gates[..., None], d_gates_bias, d_last[..., None], d_last_bias, shortcut_sums
+    d_gates_bias, d_last_bias, *of_shortcut = (
+        sums[: 2 * H + 3 * Z if added else 2 * H + Z].sum(1).split([2 * H, Z, 2 * Z][: 2 + added])
+    )
+    nothing = AppliedNorm.of(*none, 0.0, gates)
+    d_last, _ = norm_act_conv.weight_gradient(d, p, nothing, last, IDENTITY, 1, 0, False, kind, plan.wide)
+    dz, sums, d_gates, _ = norm_act_conv.backward(dp, x, *own, gates, False, eps, IDENTITY, 1, 0, 1, False, plan.wide)
+    shortcut_sums = of_shortcut[0].view(2, Z) if added else gates.new_empty(0, Z)
+    return dz, sums, d_gates, d_gates_bias, d_last, d_last_bias, shortcut_sums
 
 
 def _products(
-    x: Tensor, norm: Applied, gates: Tensor, gates_bias: Tensor, last: Tensor, last_bias: Tensor, eps: float, plan: GatePlan
+    x: Tensor, norm: Applied, gates: Tensor, gates_bias: Tensor, last: Tensor, last_bias: Tensor, eps: float, plan:
+    GatePlan
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The raw gates, tanh's channels then sigmoid's, and the last product of the gate."""
     none: Applied = (None,) * 4

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mvat.kernels.triton import common
 from mvat.kernels.triton.common import (
     PAIRS,
     AppliedNorm,
     activate,
     activate_back,
-    capability,
     dense_rows,
     norm_rows,
     statistics,
@@ -161,7 +161,7 @@ def forward(
     shortcut_var: Tensor | None, eps: float, shortcut_eps: float, activation: int, training: bool, after: bool = False,
 ) -> Tensor:  # fmt: skip
     """torch.ops.mvat.norm_act; with `after` the shortcut joins behind the activation."""
-    check_capability("norm_act", capability(x.device))
+    check_capability("norm_act", common.capability(x.device))
     B, C, T = x.shape[0], x.shape[1] // 2 if activation in PAIRS else x.shape[1], x.shape[2]
     y = x.new_empty(B, C, T)
     if not y.numel():
@@ -189,7 +189,7 @@ def backward(
     shortcut_var: Tensor | None, eps: float, shortcut_eps: float, activation: int, after: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """torch.ops.mvat.norm_act_backward, likewise: then the shortcut's sums are those of grad."""
-    check_capability("norm_act", capability(x.device))
+    check_capability("norm_act", common.capability(x.device))
     (B, channels, T), C = x.shape, grad.shape[1]
     dz, added = x.new_empty(x.shape), shortcut is not None
     if not dz.numel():
@@ -219,7 +219,7 @@ def backward(
 
 def batch_statistics(x: Tensor) -> Tensor:
     """torch.ops.mvat.batch_statistics."""
-    check_capability("batch_statistics", capability(x.device))
+    check_capability("batch_statistics", common.capability(x.device))
     B, C, T = x.shape
     if not x.numel():
         return x.new_zeros((2, C), dtype=torch.float32)
@@ -239,7 +239,7 @@ def norm_gradient(
     bool
 ) -> Tensor:  # fmt: skip
     """torch.ops.mvat.norm_gradient."""
-    check_capability("norm_gradient", capability(x.device))
+    check_capability("norm_gradient", common.capability(x.device))
     B, C, T = x.shape
     dx = x.new_empty(x.shape)
     if not dx.numel():

@@ -12,7 +12,7 @@ The gradient of either is the other, so that `conv_kernel` and `data_kernel` dif
 
     conv_kernel      u = act(norm(x)) -> y = u W + b, moments of y           reads x once, writes y once
     data_kernel      grad -> du = grad W' -> dz = du act'(z), its sums       reads grad and x once, writes dz once
-    weights_kernel   dW = grad' u and the sums of grad                       reads grad and x once
+    weight_kernel   dW = grad' u and the sums of grad                       reads grad and x once
 
 That is one read and one write of the features forward, and backward four reads and one write; a pointwise stage of up
 to
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvat.kernels.norm_act_conv import length_out
-from mvat.kernels.triton import depthwise
+from mvat.kernels.triton import common, depthwise
 from mvat.kernels.triton.common import (
     PAIRS,
     TYPES,
@@ -42,11 +42,9 @@ from mvat.kernels.triton.common import (
     activate_back,
     activated,
     before,
-    capability,
     dense_rows,
     norm_rows,
     operand,
-    processors,
     statistics,
     store_moments,
     total,
@@ -151,7 +149,7 @@ def data_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums, eps,
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def weights_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, partials, bias_partials, eps, normed, tiles, C, N,
+def weight_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, partials, bias_partials, eps, normed, tiles, C, N,
                    T, Q, x_batch, x_channel, g_batch, g_channel, kernel, step, first, B, splits, bias_taps, whole,
                    TURNED: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
                    COLS: tl.constexpr, INNER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -320,7 +318,7 @@ def forward(
     if not y.numel():
         return y, x.new_zeros((2 if want_statistics else 0, out), dtype=torch.float32)
     kind = Kind.of(x)
-    plan = plan or choose_conv(kind, capability(x.device))
+    plan = plan or choose_conv(kind, common.capability(x.device))
     x, weight, bias = dense_rows(x), weight.float(), None if bias is None else bias.contiguous()
     norm = AppliedNorm.of(norm_weight, norm_bias, mean, var, eps, weight)
     with torch.cuda.device_of(x):
@@ -355,7 +353,7 @@ def backward(
         sums, d_bias = (x.new_zeros(s, dtype=torch.float32) for s in ((2, x.shape[1]), grad.shape[1] * has_bias))
         return dz, sums, torch.zeros_like(weight), d_bias
     kind = Kind.of(x)
-    plan = plan or choose_conv(kind, capability(x.device))
+    plan = plan or choose_conv(kind, common.capability(x.device))
     x, grad, weight = dense_rows(x), dense_rows(grad), weight.float()
     norm = AppliedNorm.of(norm_weight, norm_bias, mean, var, eps, weight)
     with torch.cuda.device_of(x):
@@ -366,7 +364,9 @@ def backward(
         else:
             back = Gather.of(weight.shape[2], stride, padding, not transposed)
             sums = _data(grad, x, norm, weight, dz, activation, back, transposed, kind, plan)
-            d_weight, d_bias = _weight(grad, x, norm, weight, activation, stride, padding, transposed, kind, plan)
+            d_weight, d_bias = weight_gradient(
+                grad, x, norm, weight, activation, stride, padding, transposed, kind, plan
+            )
     return dz, sums, d_weight, d_bias if has_bias else d_bias.new_empty(0)
 
 
@@ -380,7 +380,7 @@ def _pointwise(
     """dz is filled; the sums [2, channels], the gradients of weight and bias."""
     (B, _, T), (C, N, _), block = x.shape, weight.shape, plan.pointwise
     tiles = triton.cdiv(T, block.rows)
-    splits = min(B * tiles, 2 * processors(x.device))
+    splits = min(B * tiles, 2 * common.processors(x.device))
     sums, partials, bias = (
         x.new_empty(s, dtype=torch.float32) for s in ((2, x.shape[1], splits), (splits, C, N), (splits, C))
     )
@@ -418,7 +418,7 @@ def _data(
     return total(sums, channels)
 
 
-def _weight(
+def weight_gradient(
     grad: Tensor, x: Tensor, norm: AppliedNorm, weight: Tensor, activation: int, stride: int, padding: int,
     transposed: bool, kind: Kind, plan: ConvPlan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -428,11 +428,11 @@ def _weight(
     B, Q, T = x.shape[0], stays.shape[2], moves.shape[2]
     rows, cols, tiles = width(N, block.rows), width(C, block.cols), triton.cdiv(Q, block.inner)
     others = K * triton.cdiv(N, rows) * triton.cdiv(C, cols)
-    splits = max(1, min(B * tiles, 2 * processors(x.device) // others))
+    splits = max(1, min(B * tiles, 2 * common.processors(x.device) // others))
     partials = x.new_empty(splits, K, N, C, dtype=torch.float32)
     bias = x.new_empty(splits, K if transposed else 1, grad.shape[1], dtype=torch.float32)
     wide = unit(x, grad)
-    weights_kernel[(splits * others,)](
+    weight_kernel[(splits * others,)](
         grad, x, *norm.tensors, partials, bias, norm.eps, norm.given, tiles, C, N, T // wide, Q // wide,
         x.stride(0) // wide,
         x.stride(1) // wide, grad.stride(0) // wide, grad.stride(1) // wide, K, stride, -padding, B, splits,

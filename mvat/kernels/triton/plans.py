@@ -216,30 +216,29 @@ def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
     return _PLANS.get(capability[0], _OTHERS)[kind]
 
 
+#: The same for every GPU: tiles are small, since memory is the limit, and no kernel spills with them.
+_DEPTHWISE = {"depthwise": Block(32, 32, 64, 4, 1), "short": Block(16, 32, 64, 4, 1)}
 _CONV = {
     Kind.BF16: ConvPlan(
-        forward=Block(128, 128, 64, 8, 2),
+        forward=Block(64, 64, 32, 8, 2),
         data=Block(64, 64, 64, 8, 2),
-        weights=Block(64, 64, 64, 4, 2),
-        pointwise=Block(64, 64, 64, 8, 1),
-        depthwise=Block(64, 32, 64, 4, 1),
-        short=Block(16, 32, 64, 4, 1),
+        weights=Block(64, 64, 32, 8, 2),
+        pointwise=Block(32, 64, 64, 8, 1),
+        **_DEPTHWISE,
     ),
     Kind.TF32: ConvPlan(
-        forward=Block(64, 64, 32, 4, 2),
+        forward=Block(64, 64, 32, 8, 2),
         data=Block(64, 64, 32, 8, 2),
-        weights=Block(64, 64, 32, 4, 2),
-        pointwise=Block(64, 64, 64, 8, 1),
-        depthwise=Block(64, 32, 64, 4, 1),
-        short=Block(16, 32, 64, 4, 1),
+        weights=Block(64, 64, 16, 8, 2),
+        pointwise=Block(32, 64, 64, 8, 1),
+        **_DEPTHWISE,
     ),
     Kind.TF32X3: ConvPlan(
-        forward=Block(64, 64, 16, 4, 2),
-        data=Block(64, 64, 16, 8, 2),
+        forward=Block(64, 64, 16, 8, 2),
+        data=Block(32, 64, 16, 8, 2),
         weights=Block(64, 64, 16, 8, 2),
-        pointwise=Block(64, 64, 64, 8, 1),
-        depthwise=Block(64, 32, 64, 4, 1),
-        short=Block(16, 32, 64, 4, 1),
+        pointwise=Block(32, 32, 32, 8, 1),
+        **_DEPTHWISE,
     ),
 }
 
@@ -251,8 +250,8 @@ def choose_conv(kind: Kind, capability: tuple[int, int]) -> ConvPlan:
 
 
 _GATE = {
-    Kind.BF16: (Block(64, 128, 0, 8, 1), Block(32, 64, 0, 8, 1)),
-    Kind.TF32: (Block(64, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.BF16: (Block(32, 128, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.TF32: (Block(32, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
     Kind.TF32X3: (Block(32, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
 }
 
