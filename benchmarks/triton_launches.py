@@ -7,6 +7,7 @@ tensors without memory, and what they launch is noted instead of run.
 import functools
 import importlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,7 +26,8 @@ _KINDS = (
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: The arguments of operators that have the features' dtype; all others are float32.
 _FEATURES = ("x", "grad", "shortcut", "dz", "mixed")
-_GENERATIONS = (80, 90, 100, 120)
+#: Where every configuration of the stages is compiled, and where the heaviest are.
+_FULL, _GENERATIONS = 90, (80, 100, 120)
 _CLIPS, _SAMPLES = 8, 64_000
 #: Sequences and chunks of global_attention: whole in a tile, several tiles, keys split, and many of them.
 _CHUNKS = ((1, 4), (1, 20), (1, 40), (1, 2000), (300, 300))
@@ -114,15 +116,17 @@ def _arguments(call: Call, dtype: torch.dtype) -> list[Any]:
     return found
 
 
-def _wanted(operator: str, dtype: torch.dtype, architecture: int) -> bool:
-    """The stages have few kernels that differ by architecture: one of each generation, float16 on one of them."""
-    if operator.startswith("global_attention"):
-        return True
-    return architecture == 90 or (architecture in _GENERATIONS and dtype != torch.float16)
+def _weight(launch: Launch) -> tuple[int, ...]:
+    """What a configuration takes of registers, roughly: its tile, then its activation, then narrow loads."""
+    sizes = [v for n, v in launch.constants.items() if n not in ("UNIT", "ACT") and type(v) is int]
+    return math.prod(sizes), launch.constants.get("ACT", 0), -launch.constants.get("UNIT", 0)
 
 
 def launches(architectures: tuple[int, ...], presets: tuple[str, ...], lengths: tuple[int, ...]) -> list[Launch]:
-    """Every compilation that these presets, and global_attention with a segment_len of `lengths`, take.
+    """The compilations that these presets, and global_attention with a segment_len of `lengths`, take.
+
+    For global_attention all of them, and for the stages on sm_90; of a stage's kernel and kind the heaviest on one
+    architecture of each other generation, float16 left out, which but for its loads is tf32.
 
     Raises:
         ValueError: if a kernel would be compiled anew for another value of a number.
@@ -161,10 +165,15 @@ def launches(architectures: tuple[int, ...], presets: tuple[str, ...], lengths: 
         for architecture, (kind, dtype, precision) in itertools.product(architectures, _KINDS):  # noqa: B007
             torch.set_float32_matmul_precision(precision)
             for call in operators:
-                if not _wanted(call[0], dtype, architecture):
-                    continue
                 module, function = native.IN_TRITON[call[0]]
                 launcher = getattr(importlib.import_module(f"mvat.kernels.triton.{module}"), function)
                 launcher(*_arguments(call, dtype))
     torch.set_float32_matmul_precision(before)
-    return sorted(found.values(), key=lambda launch: launch.name)
+    heaviest: dict[tuple[str, str, int], Launch] = {}
+    kept = []
+    for launch in sorted(found.values(), key=lambda launch: (_weight(launch), launch.name)):
+        if launch.architecture == _FULL or launch.module.endswith("global_attention"):
+            kept.append(launch)
+        elif launch.architecture in _GENERATIONS and launch.feature != "fp16":
+            heaviest[launch.kernel, launch.kind, launch.architecture] = launch
+    return sorted([*kept, *heaviest.values()], key=lambda launch: launch.name)

@@ -115,4 +115,6 @@ def _table() -> list[str]:
     lines += [f"({number}) the plain PyTorch reference: {reason}" for number, reason in enumerate(reasons, 1)]
     if any(row.device == "cuda" and not row.reason for row in rows):
         lines.append("fused kernels on cuda are experimental: right in emulation, not yet run on a GPU")
+        in_triton = ", ".join(op for op in cells if op in native.IN_TRITON)
+        lines.append(f"of them in Triton, compiled when first used: {in_triton}")
     return [line.rstrip() for line in lines]

@@ -143,9 +143,11 @@ def store_moments(moments, at, plane, values, there, mask, AXIS: tl.constexpr):
     least = tl.maximum(count, 1.0)
     mean = tl.sum(tl.where(there, values, 0.0), AXIS) / least
     off = tl.where(there, values - tl.expand_dims(mean, AXIS), 0.0)
+    rest = tl.sum(off, AXIS) / least  # what rounding left out of the mean
     tl.store(moments + at, count, mask=mask)
-    tl.store(moments + plane + at, mean, mask=mask)
-    tl.store(moments + 2 * plane + at, tl.sum(off * off, AXIS), mask=mask)
+    tl.store(moments + plane + at, mean + rest, mask=mask)
+    squares = tl.sum(off * off, AXIS) - count * rest * rest
+    tl.store(moments + 2 * plane + at, tl.where(squares < 0.0, 0.0, squares), mask=mask)
 
 
 @triton.jit(do_not_specialize=["channels", "entries"])
@@ -163,13 +165,17 @@ def statistics_kernel(moments, out, channels, entries, BLOCK: tl.constexpr):
         mean += tl.sum(count * tl.load(moments + plane + at, mask=at < entries, other=0.0), 0)
     mean = mean / total
     squares = 0.0
+    rest = 0.0
     for start in range(0, entries, BLOCK):
         at = start + tl.arange(0, BLOCK)
         count = tl.load(moments + at, mask=at < entries, other=0.0)
         off = tl.load(moments + plane + at, mask=at < entries, other=0.0) - mean
+        rest += tl.sum(count * off, 0)
         squares += tl.sum(tl.load(moments + 2 * plane + at, mask=at < entries, other=0.0) + count * off * off, 0)
-    tl.store(out + c, mean)
-    tl.store(out + channels + c, squares / total)
+    rest = rest / total  # what rounding left out of the mean
+    tl.store(out + c, mean + rest)
+    squares = squares / total - rest * rest
+    tl.store(out + channels + c, tl.where(squares < 0.0, 0.0, squares))
 
 
 @dataclass(frozen=True)

@@ -221,13 +221,11 @@ def backward(
             HIDDEN=width(H, block.cols), OUT=width(Z, block.cols), DTYPE=TYPES[kind.dtype], PRECISION=kind.precision,
             num_warps=block.warps, num_stages=block.stages,
         )  # fmt: skip
-    d_gates_bias, d_last_bias, *of_shortcut = (
-        sums[: 2 * H + 3 * Z if added else 2 * H + Z].sum(1).split([2 * H, Z, 2 * Z][: 2 + added])
-    )
+    d_gates_bias, d_last_bias = sums[: 2 * H].sum(1), sums[2 * H : 2 * H + Z].sum(1)
+    shortcut_sums = sums[2 * H + Z :].sum(1).view(2, Z) if added else gates.new_empty(0, Z)
     nothing = AppliedNorm.of(*none, 0.0, gates)
     d_last, _ = norm_act_conv.weight_gradient(d, p, nothing, last, IDENTITY, 1, 0, False, kind, plan.wide)
     dz, sums, d_gates, _ = norm_act_conv.backward(dp, x, *own, gates, False, eps, IDENTITY, 1, 0, 1, False, plan.wide)
-    shortcut_sums = of_shortcut[0].view(2, Z) if added else gates.new_empty(0, Z)
     return dz, sums, d_gates, d_gates_bias, d_last, d_last_bias, shortcut_sums
 
 

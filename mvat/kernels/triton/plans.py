@@ -234,10 +234,10 @@ _CONV = {
         **_DEPTHWISE,
     ),
     Kind.TF32X3: ConvPlan(
-        forward=Block(64, 64, 16, 8, 2),
+        forward=Block(32, 64, 16, 4, 2),
         data=Block(32, 64, 16, 8, 2),
         weights=Block(64, 64, 16, 8, 2),
-        pointwise=Block(32, 32, 32, 8, 1),
+        pointwise=Block(16, 32, 32, 8, 1),
         **_DEPTHWISE,
     ),
 }
