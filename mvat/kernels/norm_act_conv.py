@@ -23,6 +23,19 @@ the products instead of read in their own order (backward of 480 to 480 channels
 the lanes of the weight's gradient from 32 channels on instead of time everywhere (480 to 960 channels, backward 10.6 to
 7.4 ms); a depthwise row as a filter of its own instead of a product with one row (12 channels, 31 taps: 0.85 to 0.43 ms
 forward, 1.8 to 1.15 backward); a multi-view block's four convolutions of one input made as one: no gain.
+
+On a GPU a convolution without groups runs in Triton (mvat/kernels/triton/norm_act_conv.py), a depthwise one of stride 1
+and up to 33 taps too (depthwise.py), and so do `norm_act`, batch_statistics and norm_gradient (norm_act.py); other
+groups, and transposed convolutions of fewer taps than their stride, take the reference with a warning. Features are
+float32, bfloat16 or float16; parameters, statistics and their gradients stay float32; products accumulate in float32
+and read their operands as global_attention's do. Under autocast a stage takes its features in half precision, as the
+convolution that it stands for would. Forward is one kernel, with statistics a small second one, that reads x once and
+writes y once. Backward writes dz once; a pointwise stage of up to 64 channels on either side (32 in float32 with
+torch.get_float32_matmul_precision() at "highest") and a depthwise one read y's gradient and x once, others twice, once
+for dz and once for the weight's gradient; norm_gradient reads dz and x and writes dx. Sums are partial ones of tiles,
+or of shares of tiles that depend on sizes and device, added in order: results are equal to the bit from run to run. A
+sample that is not finite reaches up to 63 samples to either side in a depthwise stage, not 15. Compiled for sm_80,
+sm_90, sm_100 and sm_120 without spills and right in the interpreter, not run on a GPU yet.
 """
 
 from collections.abc import Callable

@@ -68,10 +68,9 @@ def precision() -> Iterator[Callable[[str], None]]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles of everything in a few samples and channels, and a gate too wide for one kernel."""
-    tile = plans.Block(16, 32, 32, 4, 1)
-    plan = plans.ConvPlan(
-        tile, tile, dataclasses.replace(tile, rows=32, inner=16), plans.Block(16, 4, 32, 4, 1), tile, tile
-    )
+    tile, few = plans.Block(16, 32, 32, 4, 1), plans.Tile(16, 0, 4, 1)
+    weights = dataclasses.replace(tile, rows=32, inner=16)
+    plan = plans.ConvPlan(tile, tile, weights, plans.Block(16, 4, 0, 4, 1), few, few)
     gate = plans.GatePlan(plans.Block(16, 4, 0, 4, 1), plans.Block(16, 4, 0, 4, 1), plan)
     monkeypatch.setattr(conv_kernels, "choose_conv", lambda kind, capability: plan)
     monkeypatch.setattr(gate_kernels, "choose_gate", lambda kind, capability: gate)
@@ -134,22 +133,27 @@ def compare(
         assert a <= 2 * b + eps * c, (i, a / c, b / c)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [n for n in CASES if n != "grouped"])
+#: The stages that every kind of products is tried with; tf32 and float16 only differ in what products read.
+_NAMES = ("1x1", "3", "down", "up", "depthwise", "end", "end with a shortcut", "gate with norms", "chain")
+_PAIRS = [(name, kind) for name in _NAMES for kind in ("bfloat16", "tf32x3")]
+_PAIRS += [(name, kind) for name in ("1x1", "up", "depthwise", "gate with norms") for kind in ("float16", "tf32")]
+
+
+@pytest.mark.parametrize("name, kind", _PAIRS)
 def test_as_exact_as_eager(name: str, kind: str, precision, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, a shape of one tile."""
     precision(KINDS[kind][1])
-    compare(kind, STAGES[name], 59, True, monkeypatch)
+    compare(kind, STAGES[name], 37, True, monkeypatch, 2 if kind == "tf32x3" else 1)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", STAGES)
-def test_tiles(name: str, training: bool, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles, shares, steps of the sum and columns in the plural, a multiple of four samples and not."""
-    compare("tf32x3", STAGES[name], 60 if training else 41, training, monkeypatch)
+@pytest.mark.parametrize("name", [name for name in STAGES if name not in ("1x1", "end", "gate")])
+def test_tiles(name: str, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, shares, steps of the sum and columns in the plural; evaluation, rows of no multiple of four."""
+    training = len(name) % 2 == 0
+    compare("tf32x3", STAGES[name], 40 if training else 35, training, monkeypatch, 1)
 
 
-@pytest.mark.parametrize("out, channels", [(4, 1), (8, 12), (60, 20), (120, 60), (160, 480)])
+@pytest.mark.parametrize("out, channels", [(4, 1), (8, 12), (60, 20), (160, 60)])
 def test_channels(out: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the plan of a GPU: one tile of channels and several of them, the fused gradient of few and the two of
     many."""
@@ -181,7 +185,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("name", ["3", "depthwise", "end with a shortcut", "gate with norms"])
+@pytest.mark.parametrize("name", ["3", "end with a shortcut"])
 def test_layouts(name: str, view: str) -> None:
     case = STAGES[name]
     tensors = [t.detach() for t in case.tensors(2, 48)]
@@ -194,7 +198,7 @@ def test_layouts(name: str, view: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
-@pytest.mark.parametrize("name", ["up", "chain", "depthwise", "gate with norms"])
+@pytest.mark.parametrize("name", ["up", "depthwise", "gate with norms"])
 def test_fresh_memory_is_not_read(name: str, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers full of NaN give the same bits."""
     case = STAGES[name]
@@ -207,7 +211,7 @@ def test_fresh_memory_is_not_read(name: str, small_tiles: None, monkeypatch: pyt
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "grouped"])
+@pytest.mark.parametrize("name", ["1x1", "depthwise", "up", "end with a shortcut", "gate", "gate with norms"])
 def test_an_empty_batch(name: str) -> None:
     case = STAGES[name]
     tensors = case.tensors(0, 40)

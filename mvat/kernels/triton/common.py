@@ -222,7 +222,8 @@ def dense_rows(x: Tensor) -> Tensor:
 
 def unit(*features: Tensor) -> int:
     """4 where every row of these features begins and ends at a multiple of four samples, so that loads are wide; else
-    1."""
+    1.
+    """
     return 4 if all(n % 4 == 0 for x in features for n in (*x.stride()[:2], x.shape[2])) else 1
 
 

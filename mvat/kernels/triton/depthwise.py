@@ -4,11 +4,9 @@ A row of blocks of 32 samples, each seen through a window of 64, meets a band ma
 
     y[32 r + j] = sum_i u[32 r - lead + i] W[i, j]          W[i, j] = w[i - j - lead + padding]
 
-so that every sample is normalised and activated twice instead of once a tap, and tensor cores do the rest. The
-gradient of
-u is the same with grad's windows and the weights turned round; that of w sums the diagonals of grad' U, U the windows.
-Reads
-x once and writes y once; backward reads grad and x once and writes dz once. Sums as in norm_act_conv.
+so that every sample is normalised and activated twice instead of once a tap, and tensor cores do the rest. The gradient
+of u is the same with grad's windows and the weights turned round; that of w sums the diagonals of grad' U, U the
+windows. Reads x once and writes y once; backward reads grad and x once and writes dz once. Sums as in norm_act_conv.
 """
 
 import torch
@@ -29,7 +27,7 @@ from mvat.kernels.triton.common import (
     total,
     unit,
 )
-from mvat.kernels.triton.plans import Block, ConvPlan, Kind
+from mvat.kernels.triton.plans import ConvPlan, Kind, Tile
 
 HOP = tl.constexpr(32)
 WINDOW = tl.constexpr(64)
@@ -91,7 +89,8 @@ def depthwise_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, 
                               offset, back_lead, back_offset, B, splits, UNIT: tl.constexpr, ACT: tl.constexpr,
                               ROWS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A share of the tiles of one channel. sums [2, C or 2 C, splits], partials [splits, C, WINDOW], bias_partials
-    [splits, C]."""
+    [splits, C].
+    """
     c, split = tl.program_id(0) % C, tl.program_id(0) // C
     halves: tl.constexpr = 2 if ACT >= 3 else 1
     T *= UNIT
@@ -202,7 +201,7 @@ def backward(
     return total(sums, channels), partials.sum(0)[:, None, :taps].contiguous(), bias.sum(0)
 
 
-def _block(plan: ConvPlan, length: int) -> Block:
+def _block(plan: ConvPlan, length: int) -> Tile:
     return plan.short if length <= plan.depthwise.rows * HOP.value // 4 else plan.depthwise
 
 

@@ -1,8 +1,10 @@
 """The gate of a multi-view block on a GPU: `mvat.kernels.mask_gate`, forward and backward, in Triton.
 
 Channels up to the plan's number stay in a program through the whole formula. Forward, `gate_kernel` reads x and the
-shortcut once and writes y once. Backward, `gate_backward_kernel` walks over a share of the tiles, makes the gates anew,
-reads grad, x and the shortcut once and writes dz once; the weights' gradients are partial sums of the shares.
+shortcut once and writes y once. Backward, `gate_backward_kernel` makes the gates anew, reads grad, x and the shortcut
+once and writes the gradients before the gates' activations (twice the width), tanh * sigmoid and the last product's
+gradient; from these norm_act_conv's kernels make dz and the weights' gradients. All of it in one kernel was tried: the
+weights' gradients and the operands of six products together take more registers than there are.
 
 Wider gates, which only short features have, are two stages of norm_act_conv, the second with the activation tanh(first
 half) sigmoid(second half), and an end of norm_act. With p the raw gates and z the last product, features of twice and

@@ -1,5 +1,4 @@
-"""The passes over features that are no product, on a GPU: the end of a chain, the moments of a batch, a norm's
-gradient.
+"""The passes over features without a product, on a GPU: a chain's end, a batch's moments, a norm's gradient.
 
     norm_act           y = act(norm(x) + norm(shortcut))           reads x and the shortcut once, writes y once
     its gradient       dz behind both norms and its sums           reads grad, x and the shortcut once, writes dz once
@@ -99,8 +98,7 @@ def norm_act_backward_kernel(g_in, x_in, weight, bias, mean, var, shortcut, s_we
                              shortcut_sums, eps, normed, added, s_eps, s_normed, tiles, C, T, B, x_batch, x_channel,
                              s_batch, s_channel, g_batch, g_channel, UNIT: tl.constexpr, ACT: tl.constexpr,
                              AFTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """C channels of grad. sums and shortcut_sums [2, channels, B tiles]; AFTER: grad itself is the shortcut's
-    gradient."""
+    """C channels of grad. sums, shortcut_sums [2, channels, B tiles]. AFTER: grad itself is the shortcut's gradient."""
     b, c, tile, t, there = _row(tiles, C, T, UNIT, BLOCK)
     halves: tl.constexpr = 2 if ACT >= 3 else 1
     entry, entries = b * tiles + tile, B * tiles

@@ -1,9 +1,9 @@
-"""A stage of a convolution chain on a GPU: `mvat.kernels.norm_act_conv` without groups, forward and backward, in
-Triton.
+"""A stage of a convolution chain on a GPU: `mvat.kernels.norm_act_conv`, forward and backward, in Triton.
 
-Every product has time in its rows. A gather takes tap j of a tile of columns q from position q step + first + j turn
-of its
-input, and its columns n = (channel, phase) go to position q phases + phase - shift of its output:
+Here stand convolutions without groups; depthwise.py has the others.
+
+Every product has time in its rows. A gather takes tap j of a tile of columns q from position q step + first + j turn of
+its input, and its columns n = (channel, phase) go to position q phases + phase - shift of its output:
 
     convolution of stride S        step S, first -padding, turn 1; one phase
     its transpose                  step 1, first 0, turn -1, taps phase + j S; S phases, shift padding
@@ -12,17 +12,15 @@ The gradient of either is the other, so that `conv_kernel` and `data_kernel` dif
 
     conv_kernel      u = act(norm(x)) -> y = u W + b, moments of y           reads x once, writes y once
     data_kernel      grad -> du = grad W' -> dz = du act'(z), its sums       reads grad and x once, writes dz once
-    weight_kernel   dW = grad' u and the sums of grad                       reads grad and x once
+    weight_kernel    dW = grad' u and the sums of grad                       reads grad and x once
 
 That is one read and one write of the features forward, and backward four reads and one write; a pointwise stage of up
-to
-64 channels on either side takes both gradients from one reading, `pointwise_kernel`: two reads and one write. Where a
-tile does not hold all channels of the output, tiles of the same columns follow one another, and so do the taps of a
-weight's gradient: what they read again is in the second cache. u and z are never stored.
+to 64 or 32 channels on either side takes both gradients from one reading, `pointwise_kernel`: two reads and one write.
+Where a tile does not hold all channels of the output, tiles of the same columns follow one another, and so do the taps
+of a weight's gradient: what they read again should lie in the second cache. u and z are never stored.
 
 A program sums over its own tile, or over a share of tiles that depends on the sizes and the device; nothing is atomic.
-A
-norm is applied as ((x - mean) inverse) weight + bias in float32; products read operands as global_attention's do.
+A norm is applied as ((x - mean) inverse) weight + bias in float32; products read operands as global_attention's do.
 """
 
 from dataclasses import dataclass
@@ -119,7 +117,8 @@ def data_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums, eps,
                 shift, B, UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                 INNER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A tile of dz: all C channels of grad and all taps. T is grad's length, T_out that of x; sums [2, 1 or 2 N, B
-    tiles]."""
+    tiles].
+    """
     across = tl.cdiv(N, COLS)
     tile, b = tl.program_id(0) // across % tiles, tl.program_id(0) // across // tiles
     q = tile * ROWS + tl.arange(0, ROWS)
@@ -154,12 +153,11 @@ def weight_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, partials, bias_
                    TURNED: tl.constexpr, UNIT: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr,
                    COLS: tl.constexpr, INNER: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tap's products over a share of the tiles: of what stays at q [N channels, Q samples] and of what the tap
-    moves to
-    q step + first + tap [C channels, T samples]. grad stays and u moves, or TURNED: for a transposed convolution.
+    moves to q step + first + tap [C channels, T samples]. grad stays and u moves, or TURNED: for a transposed
+    convolution.
 
     partials [splits, kernel, N, C]; bias_partials [splits, bias_taps, channels of grad], of the taps that see samples
-    of grad
-    for the first time: those before `whole`, and all at the last q.
+    of grad for the first time: those before `whole`, and all at the last q.
     """
     along, across = tl.cdiv(N, ROWS), tl.cdiv(C, COLS)
     part = tl.program_id(0) // across
