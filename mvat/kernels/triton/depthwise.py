@@ -59,8 +59,8 @@ def depthwise_kernel(x_in, norm_weight, norm_bias, mean, var, w, bias, y, moment
     tile, c, b = tl.program_id(0) % tiles, tl.program_id(0) // tiles % C, tl.program_id(0) // tiles // C
     T *= UNIT
     T_out *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    x_in += b.to(tl.int64) * (x_batch * UNIT)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    x_in += b.to(tl.int64) * x_batch * UNIT
     block = (tile * ROWS + tl.arange(0, ROWS))[:, None] * HOP
     m, r, s, a = norm_rows(norm_weight, norm_bias, mean, var, eps, c, normed != 0)
     gm, gr, gs, ga = m, r, s, a
@@ -95,8 +95,8 @@ def depthwise_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, 
     halves: tl.constexpr = 2 if ACT >= 3 else 1
     T *= UNIT
     T_out *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    g_channel = (g_channel * UNIT).to(tl.int64)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    g_channel = g_channel.to(tl.int64) * UNIT
     wide = c.to(tl.int64)
     m, r, s, a = norm_rows(norm_weight, norm_bias, mean, var, eps, c, normed != 0)
     gm, gr, gs, ga = m, r, s, a
@@ -112,7 +112,7 @@ def depthwise_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, 
     for i in range(split, B * tiles, splits):
         b = (i // tiles).to(tl.int64)
         block = (i % tiles * ROWS + tl.arange(0, ROWS))[:, None] * HOP
-        x, grad = x_in + b * (x_batch * UNIT), g_in + b * (g_batch * UNIT) + wide * g_channel
+        x, grad = x_in + b * x_batch * UNIT, g_in + b * g_batch * UNIT + wide * g_channel
         t = block - lead * UNIT + tl.arange(0, WINDOW)[None, :]
         u = activated(x, t, wide, m, r, s, a, gm, gr, gs, ga, x_channel, C, (t >= 0) & (t < T), ACT)
         t = block + tl.arange(0, HOP)[None, :]

@@ -66,7 +66,7 @@ def gate_kernel(x_in, norm_weight, norm_bias, mean, var, gates, gates_bias, last
     c, h, o = tl.arange(0, IN), tl.arange(0, HIDDEN), tl.arange(0, OUT)
     m, r, s, a = norm_rows(norm_weight, norm_bias, mean, var, eps, c, (c < C) & (normed != 0))
     there = (t < T) & (c < C)[None, :]
-    u = _normal(x_in + b * (x_batch * UNIT), c, t, there, (x_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+    u = _normal(x_in + b * x_batch * UNIT, c, t, there, x_channel.to(tl.int64) * UNIT, m[None, :], r[None, :])
     u = operand(tl.where(there, u * s[None, :] + a[None, :], 0.0), DTYPE, PRECISION)
     one = tl.dot(u, _matrix(gates, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
     two = tl.dot(u, _matrix(gates + H * C, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
@@ -79,8 +79,8 @@ def gate_kernel(x_in, norm_weight, norm_bias, mean, var, gates, gates_bias, last
     there = (t < T) & (o < Z)[None, :]
     if added:
         m, r, s, a = norm_rows(s_weight, s_bias, s_mean, s_var, s_eps, o, (o < Z) & (s_normed != 0))
-        row = shortcut + b * (s_batch * UNIT)
-        side = _normal(row, o, t, there, (s_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+        row = shortcut + b * s_batch * UNIT
+        side = _normal(row, o, t, there, s_channel.to(tl.int64) * UNIT, m[None, :], r[None, :])
         z += side * s[None, :] + a[None, :]
     tl.store(y + (b * Z + o[None, :]) * T + t, z, mask=there)
 
@@ -102,7 +102,7 @@ def gate_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, gates, g
     c, h, o = tl.arange(0, IN), tl.arange(0, HIDDEN), tl.arange(0, OUT)
     m, r, s, a = norm_rows(norm_weight, norm_bias, mean, var, eps, c, (c < C) & (normed != 0))
     there = (t < T) & (c < C)[None, :]
-    u = _normal(x_in + b * (x_batch * UNIT), c, t, there, (x_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+    u = _normal(x_in + b * x_batch * UNIT, c, t, there, x_channel.to(tl.int64) * UNIT, m[None, :], r[None, :])
     u = operand(tl.where(there, u * s[None, :] + a[None, :], 0.0), DTYPE, PRECISION)
     one = tl.dot(u, _matrix(gates, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
     two = tl.dot(u, _matrix(gates + H * C, c, h, C, H, 1, C, DTYPE, PRECISION), input_precision=PRECISION)
@@ -116,14 +116,14 @@ def gate_backward_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, gates, g
         operand(p, DTYPE, PRECISION), _matrix(last, h, o, H, Z, 1, H, DTYPE, PRECISION), input_precision=PRECISION
     )
     z += tl.load(last_bias + o, mask=o < Z, other=0.0)[None, :]
-    row = g_in + b * (g_batch * UNIT)
-    g = tl.load(row + o[None, :].to(tl.int64) * (g_channel * UNIT) + t, mask=own, other=0.0).to(tl.float32)
+    row = g_in + b * g_batch * UNIT
+    g = tl.load(row + o[None, :].to(tl.int64) * g_channel * UNIT + t, mask=own, other=0.0).to(tl.float32)
     entries = B * tiles
     sums += b * tiles + tile
     if added:
         m, r, _, _ = norm_rows(s_mean, s_mean, s_mean, s_var, s_eps, o, (o < Z) & (s_normed != 0))
-        row = shortcut + b * (s_batch * UNIT)
-        normal = _normal(row, o, t, own, (s_channel * UNIT).to(tl.int64), m[None, :], r[None, :])
+        row = shortcut + b * s_batch * UNIT
+        normal = _normal(row, o, t, own, s_channel.to(tl.int64) * UNIT, m[None, :], r[None, :])
         tl.store(sums + (2 * H + Z + o).to(tl.int64) * entries, tl.sum(g, 0), mask=o < Z)
         tl.store(sums + (2 * H + 2 * Z + o).to(tl.int64) * entries, tl.sum(g * normal, 0), mask=o < Z)
     g = tl.where(z <= 0.0, 0.0, g)

@@ -60,18 +60,16 @@ def norm_act_kernel(x_in, weight, bias, mean, var, shortcut, s_weight, s_bias, s
                     ACT: tl.constexpr, AFTER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """C channels of y. AFTER: the shortcut joins behind the activation."""
     b, c, tile, t, there = _row(tiles, C, T, UNIT, BLOCK)
-    z, _ = _normed(
-        x_in + b * (x_batch * UNIT) + c * (x_channel * UNIT), t, there, weight, bias, mean, var, eps, normed, c
-    )
+    z, _ = _normed(x_in + b * x_batch * UNIT + c * x_channel * UNIT, t, there, weight, bias, mean, var, eps, normed, c)
     gate, side = z, z * 0.0
     if added:
-        row = shortcut + b * (s_batch * UNIT) + c * (s_channel * UNIT)
+        row = shortcut + b * s_batch * UNIT + c * s_channel * UNIT
         side, _ = _normed(row, t, there, s_weight, s_bias, s_mean, s_var, s_eps, s_normed, c)
     if ACT >= 3:
-        row = x_in + b * (x_batch * UNIT) + (c + C) * (x_channel * UNIT)
+        row = x_in + b * x_batch * UNIT + (c + C) * x_channel * UNIT
         gate, _ = _normed(row, t, there, weight, bias, mean, var, eps, normed, c + C)
         if added:
-            row = shortcut + b * (s_batch * UNIT) + (c + C) * (s_channel * UNIT)
+            row = shortcut + b * s_batch * UNIT + (c + C) * s_channel * UNIT
             other, _ = _normed(row, t, there, s_weight, s_bias, s_mean, s_var, s_eps, s_normed, c + C)
             gate += other
     if AFTER:
@@ -102,9 +100,9 @@ def norm_act_backward_kernel(g_in, x_in, weight, bias, mean, var, shortcut, s_we
     b, c, tile, t, there = _row(tiles, C, T, UNIT, BLOCK)
     halves: tl.constexpr = 2 if ACT >= 3 else 1
     entry, entries = b * tiles + tile, B * tiles
-    x = x_in + b * (x_batch * UNIT) + c * (x_channel * UNIT)
+    x = x_in + b * x_batch * UNIT + c * x_channel * UNIT
     z, normal = _normed(x, t, there, weight, bias, mean, var, eps, normed, c)
-    row = shortcut + b * (s_batch * UNIT) + c * (s_channel * UNIT)
+    row = shortcut + b * s_batch * UNIT + c * s_channel * UNIT
     side, s_normal = z, normal
     if added:
         side, s_normal = _normed(row, t, there, s_weight, s_bias, s_mean, s_var, s_eps, s_normed, c)
@@ -113,13 +111,13 @@ def norm_act_backward_kernel(g_in, x_in, weight, bias, mean, var, shortcut, s_we
     gate, gate_normal, gate_s_normal = z, normal, normal
     if ACT >= 3:
         gate, gate_normal = _normed(
-            x + C * (x_channel * UNIT).to(tl.int64), t, there, weight, bias, mean, var, eps, normed, c + C
+            x + C * x_channel.to(tl.int64) * UNIT, t, there, weight, bias, mean, var, eps, normed, c + C
         )
         if added:
-            row += C * (s_channel * UNIT).to(tl.int64)
+            row += C * s_channel.to(tl.int64) * UNIT
             other, gate_s_normal = _normed(row, t, there, s_weight, s_bias, s_mean, s_var, s_eps, s_normed, c + C)
             gate += other
-    g = tl.load(g_in + b * (g_batch * UNIT) + c * (g_channel * UNIT) + t, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(g_in + b * g_batch * UNIT + c * g_channel * UNIT + t, mask=there, other=0.0).to(tl.float32)
     d, other = activate_back(g, z, gate, ACT)
     d, other = tl.where(there, d, 0.0), tl.where(there, other, 0.0)
     to = dz + (b * (halves * C) + c) * (T * UNIT) + t
@@ -136,7 +134,7 @@ def norm_act_backward_kernel(g_in, x_in, weight, bias, mean, var, shortcut, s_we
 def moments_kernel(x_in, moments, tiles, C, T, B, x_batch, x_channel, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """moments [3, C, B tiles]."""
     b, c, tile, t, there = _row(tiles, C, T, UNIT, BLOCK)
-    x = tl.load(x_in + b * (x_batch * UNIT) + c * (x_channel * UNIT) + t, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(x_in + b * x_batch * UNIT + c * x_channel * UNIT + t, mask=there, other=0.0).to(tl.float32)
     entries = B * tiles
     store_moments(moments, c * entries + b * tiles + tile, C.to(tl.int64) * entries, x, there, C > 0, 0)
 
@@ -146,9 +144,9 @@ def gradient_kernel(g_in, x_in, weight, mean, var, sums, dx, eps, count, tiles, 
                     g_channel, UNIT: tl.constexpr, TRAINING: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     b, c, _, t, there = _row(tiles, C, T, UNIT, BLOCK)
     m, r, s, _ = norm_rows(weight, weight, mean, var, eps, c, C > 0)
-    d = tl.load(g_in + b * (g_batch * UNIT) + c * (g_channel * UNIT) + t, mask=there, other=0.0).to(tl.float32)
+    d = tl.load(g_in + b * g_batch * UNIT + c * g_channel * UNIT + t, mask=there, other=0.0).to(tl.float32)
     if TRAINING:
-        x = tl.load(x_in + b * (x_batch * UNIT) + c * (x_channel * UNIT) + t, mask=there, other=0.0).to(tl.float32)
+        x = tl.load(x_in + b * x_batch * UNIT + c * x_channel * UNIT + t, mask=there, other=0.0).to(tl.float32)
         d -= tl.load(sums + c) / count + (x - m) * r * (tl.load(sums + C + c) / count)
     tl.store(dx + (b * C + c) * (T * UNIT) + t, s * r * d, mask=there)
 

@@ -79,8 +79,8 @@ def conv_kernel(x_in, norm_weight, norm_bias, mean, var, w, bias, y, moments, ep
     q = tile * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
     T *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    x_in += b.to(tl.int64) * (x_batch * UNIT)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    x_in += b.to(tl.int64) * x_batch * UNIT
     inner = tl.cdiv(C, INNER)
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for i in range(0, taps * inner):
@@ -124,8 +124,8 @@ def data_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums, eps,
     q = tile * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
     T *= UNIT
-    g_channel = (g_channel * UNIT).to(tl.int64)
-    g_in += b.to(tl.int64) * (g_batch * UNIT)
+    g_channel = g_channel.to(tl.int64) * UNIT
+    g_in += b.to(tl.int64) * g_batch * UNIT
     inner = tl.cdiv(C, INNER)
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for i in range(0, taps * inner):
@@ -138,8 +138,8 @@ def data_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums, eps,
     s = q[:, None] * phases + (n % phases)[None, :] - shift
     T_out *= UNIT
     there = (n < N)[None, :] & (s >= 0) & (s < T_out)
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    x_in += b.to(tl.int64) * (x_batch * UNIT)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    x_in += b.to(tl.int64) * x_batch * UNIT
     entries = B * tiles
     at = n.to(tl.int64) * entries + b * tiles + tile
     before(acc, x_in, norm_weight, norm_bias, mean, var, dz, sums, eps, normed, n // phases, N // phases, s, b, at,
@@ -166,8 +166,8 @@ def weight_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, partials, bias_
     c = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
     Q *= UNIT
     T *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    g_channel = (g_channel * UNIT).to(tl.int64)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    g_channel = g_channel.to(tl.int64) * UNIT
     channel = n if TURNED else c
     half = N if TURNED else C
     there = (channel < half) & (normed != 0)
@@ -186,18 +186,18 @@ def weight_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, partials, bias_
         stays = (n < N)[:, None] & (q < Q)[None, :]
         moves = (c < C)[:, None] & ((t >= 0) & (t < T) & (q < Q))[None, :]
         if TURNED:
-            u = activated(x_in + b * (x_batch * UNIT), q[None, :], n[:, None].to(tl.int64), m, r, s, a, gm, gr, gs, ga,
+            u = activated(x_in + b * x_batch * UNIT, q[None, :], n[:, None].to(tl.int64), m, r, s, a, gm, gr, gs, ga,
                            x_channel, N, stays, ACT)  # fmt: skip
             g = tl.load(
-                g_in + b * (g_batch * UNIT) + c[:, None].to(tl.int64) * g_channel + t[None, :], mask=moves, other=0.0
+                g_in + b * g_batch * UNIT + c[:, None].to(tl.int64) * g_channel + t[None, :], mask=moves, other=0.0
             )
             bias += tl.sum(tl.where(((tap < whole) | (q == Q - 1))[None, :], g.to(tl.float32), 0.0), 1)
             one, two = u, g
         else:
-            u = activated(x_in + b * (x_batch * UNIT), t[None, :], c[:, None].to(tl.int64), m, r, s, a, gm, gr, gs, ga,
+            u = activated(x_in + b * x_batch * UNIT, t[None, :], c[:, None].to(tl.int64), m, r, s, a, gm, gr, gs, ga,
                            x_channel, C, moves, ACT)  # fmt: skip
             g = tl.load(
-                g_in + b * (g_batch * UNIT) + n[:, None].to(tl.int64) * g_channel + q[None, :], mask=stays, other=0.0
+                g_in + b * g_batch * UNIT + n[:, None].to(tl.int64) * g_channel + q[None, :], mask=stays, other=0.0
             )
             bias += tl.sum(g.to(tl.float32), 1)
             one, two = g, u
@@ -223,8 +223,8 @@ def pointwise_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums,
     sums [2, 1 or 2 N, splits], partials [splits, C, N], bias_partials [splits, C].
     """
     T *= UNIT
-    x_channel = (x_channel * UNIT).to(tl.int64)
-    g_channel = (g_channel * UNIT).to(tl.int64)
+    x_channel = x_channel.to(tl.int64) * UNIT
+    g_channel = g_channel.to(tl.int64) * UNIT
     c, n = tl.arange(0, INNER), tl.arange(0, COLS)
     halves: tl.constexpr = 2 if ACT >= 3 else 1
     known = (n < N) & (normed != 0)
@@ -246,12 +246,12 @@ def pointwise_kernel(g_in, x_in, norm_weight, norm_bias, mean, var, w, dz, sums,
         b = (i // tiles).to(tl.int64)
         t = (i % tiles * ROWS + tl.arange(0, ROWS))[:, None]
         there = (t < T) & (n < N)[None, :]
-        g = tl.load(g_in + b * (g_batch * UNIT) + c[None, :].to(tl.int64) * g_channel + t,
+        g = tl.load(g_in + b * g_batch * UNIT + c[None, :].to(tl.int64) * g_channel + t,
         mask=(t < T) & (c < C)[None, :],
                     other=0.0)  # fmt: skip
         bias += tl.sum(g.to(tl.float32), 0)
         g = operand(g, DTYPE, PRECISION)
-        x = x_in + b * (x_batch * UNIT)
+        x = x_in + b * x_batch * UNIT
         normal = (tl.load(x + wide * x_channel + t, mask=there, other=0.0).to(tl.float32) - m) * r
         z = normal * s + a
         gate, gate_normal = z, normal
