@@ -40,7 +40,10 @@ part() {
 for name in $parts; do
   case $name in
     build) part 120 build.log env MAX_JOBS=8 "$python" setup.py build_ext --inplace ;;
-    tests) part 160 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py ;;
+    tests)
+      part 160 tests.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda.py
+      part 160 tests_stages.log "$python" -m pytest -q -m cuda -p no:cacheprovider tests/kernels/test_cuda_stages.py
+      ;;
     report)
       part 60 report.log "$python" -m benchmarks.compile_report
       part 60 triton_report.log "$python" -m benchmarks.triton_report --main --jobs 12

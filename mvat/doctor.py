@@ -118,4 +118,6 @@ def _table() -> list[str]:
         lines.append("local_attention on cuda runs the reference where processes share their batch norms' statistics")
     if any(row.device == "cuda" and not row.reason for row in rows):
         lines.append("fused kernels on cuda are experimental: right in emulation, not yet run on a GPU")
+        in_triton = ", ".join(op for op in cells if op in native.IN_TRITON)
+        lines.append(f"of them in Triton, compiled when first used: {in_triton}")
     return [line.rstrip() for line in lines]

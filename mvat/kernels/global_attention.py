@@ -114,7 +114,7 @@ def absorb(w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: int) -> tu
     return a, w_o.unflatten(1, (heads, -1)).transpose(0, 1) @ v
 
 
-native.implement_in_triton("global_attention")
+native.implement_in_triton("global_attention", "global_attention_backward")
 register("global_attention", native.supports("global_attention", ("cpu", "cuda")))
 
 

@@ -39,8 +39,13 @@ def _load() -> str | None:
 
 _missing = _load()
 
-#: Operators whose CUDA kernels are Triton's, in mvat.kernels.triton.<operator>.
-_IN_TRITON = ("global_attention",)
+#: Operators whose CUDA kernels are Triton's: their module in mvat.kernels.triton and the function there.
+IN_TRITON: dict[str, tuple[str, str]] = {
+    "batch_statistics": ("norm_act", "batch_statistics"),
+    "norm_gradient": ("norm_act", "norm_gradient"),
+}
+for _op in ("global_attention", "mask_gate", "norm_act", "norm_act_conv"):
+    IN_TRITON |= {_op: (_op, "forward"), f"{_op}_backward": (_op, "backward")}
 
 
 def missing(operator: str, device_type: str = "cpu") -> str | None:
@@ -54,30 +59,29 @@ def missing(operator: str, device_type: str = "cpu") -> str | None:
     known = hasattr(torch.ops.mvat, operator)
     if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"mvat::{operator}", device_type.upper()):
         return None
-    if device_type == "cuda" and operator in _IN_TRITON:
+    if device_type == "cuda" and operator in IN_TRITON:
         return "Triton is not installed; run `pip install triton`"
     if device_type == "cuda":
         return f"the C++ extension is built without CUDA (it takes nvcc and a PyTorch with CUDA); {_REBUILD}"
     return f"the C++ extension is older than this source and has no {operator}; {_REBUILD}"
 
 
-def implement_in_triton(operator: str) -> None:
-    """Make mvat.kernels.triton.<operator>, imported at the first call, its CUDA kernels; where Triton is there."""
+def implement_in_triton(*operators: str) -> None:
+    """Make the functions of mvat.kernels.triton, imported at the first call, the CUDA kernels of these operators."""
     try:
         found = importlib.util.find_spec("triton") is not None
     except ModuleNotFoundError:  # what stands in for the importer may say so
         found = False
-    if missing(operator) is not None or not found:
-        return
 
-    def lazily(function: str) -> Function:
+    def lazily(module: str, function: str) -> Function:
         def call(*arguments):
-            return getattr(importlib.import_module(f"mvat.kernels.triton.{operator}"), function)(*arguments)
+            return getattr(importlib.import_module(f"mvat.kernels.triton.{module}"), function)(*arguments)
 
         return call
 
-    _library.impl(operator, lazily("forward"), "CUDA")
-    _library.impl(f"{operator}_backward", lazily("backward"), "CUDA")
+    for operator in operators:
+        if found and missing(operator) is None:
+            _library.impl(operator, lazily(*IN_TRITON[operator]), "CUDA")
 
 
 # What is registered stays so for as long as this object lives.
@@ -99,6 +103,13 @@ def supports(operator: str, devices: tuple[str, ...]) -> Callable[[str, torch.dt
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums, parameters and statistics beside features of this dtype are kept in; csrc/schemas.cpp's word."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """Features as autocast on a GPU hands them to a convolution; a CPU's kernels stay in float32."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or not torch.is_autocast_enabled("cuda"):
+        return x
+    return x.to(torch.get_autocast_dtype("cuda"))
 
 
 def no_second_derivative(operator: str) -> Function:

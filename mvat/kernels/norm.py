@@ -83,7 +83,7 @@ def check_norm(op: str, name: str, norm: object, channels: int, x: Tensor, stati
         # The statistics stay float32 where the parameters are half precision, so their dtype is their own.
         check_parameter(op, f"{name}.{field}", value, (channels,), x, any_dtype=True)
     if statistics is not None:
-        check_parameter(op, f"the statistics for {name}", statistics, (2, channels), x)
+        check_parameter(op, f"the statistics for {name}", statistics, (2, channels), x, any_dtype=True)
 
 
 def shared_group(op: str, training: bool, *norms: Norm | None) -> "dist.ProcessGroup | None":
@@ -219,7 +219,7 @@ def applied(
     """
     if norm is None or x is None:
         return None, None, None, None
-    weight, bias, mean, var = (value.to(x.dtype) for value in norm[:4])
+    weight, bias, mean, var = (value.to(native.wide(x.dtype)) for value in norm[:4])
     if not training:
         return weight, bias, mean, var
     count = x.shape[0] * x.shape[2]
@@ -278,7 +278,10 @@ def norm_gradient(
     return torch.ops.mvat.norm_gradient(dz, x, weight, mean, var, sums, eps, count, training)
 
 
+native.implement_in_triton("batch_statistics", "norm_gradient")
 if native.missing("norm_gradient") is None:
-    torch.library.register_fake("mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1])))
+    torch.library.register_fake(
+        "mvat::batch_statistics", lambda x: x.new_empty((2, x.shape[1]), dtype=native.wide(x.dtype))
+    )
     torch.library.register_fake("mvat::norm_gradient", lambda dz, x, *_: x.new_empty(x.shape))
     native.differentiable("norm_gradient", native.no_second_derivative("batch norm"))

@@ -23,6 +23,19 @@ the products instead of read in their own order (backward of 480 to 480 channels
 the lanes of the weight's gradient from 32 channels on instead of time everywhere (480 to 960 channels, backward 10.6 to
 7.4 ms); a depthwise row as a filter of its own instead of a product with one row (12 channels, 31 taps: 0.85 to 0.43 ms
 forward, 1.8 to 1.15 backward); a multi-view block's four convolutions of one input made as one: no gain.
+
+On a GPU a convolution without groups runs in Triton (mvat/kernels/triton/norm_act_conv.py), a depthwise one of stride 1
+and up to 33 taps too (depthwise.py), and so do `norm_act`, batch_statistics and norm_gradient (norm_act.py); other
+groups, and transposed convolutions of fewer taps than their stride, take the reference with a warning. Features are
+float32, bfloat16 or float16; parameters, statistics and their gradients stay float32; products accumulate in float32
+and read their operands as global_attention's do. Under autocast a stage takes its features in half precision, as the
+convolution that it stands for would. Forward is one kernel, with statistics a small second one, that reads x once and
+writes y once. Backward writes dz once; a pointwise stage of up to 64 channels on either side (32 in float32 with
+torch.get_float32_matmul_precision() at "highest") and a depthwise one read y's gradient and x once, others twice, once
+for dz and once for the weight's gradient; norm_gradient reads dz and x and writes dx. Sums are partial ones of tiles,
+or of shares of tiles that depend on sizes and device, added in order: results are equal to the bit from run to run. A
+sample that is not finite reaches up to 63 samples to either side in a depthwise stage, not 15. Compiled for sm_80,
+sm_90, sm_100 and sm_120 without spills and right in the interpreter, not run on a GPU yet.
 """
 
 from collections.abc import Callable
@@ -198,7 +211,8 @@ def norm_act_conv(
         check_parameter(op, "bias", bias, (out,), x)
     if norm is not None:
         check_norm(op, "norm", norm, x.shape[1], x, statistics)
-    if use_fused(op, x):
+    if use_fused(op, x, _limit(x, channels, out, kernel, stride, groups, transposed)):
+        x, wide = native.autocast(x), native.wide(x.dtype)
         norm = None if norm is None else Norm(*norm)
         group = shared_group(op, training, norm)
         (statistics,), total = shared_statistics(group, (norm, x, statistics))
@@ -207,8 +221,8 @@ def norm_act_conv(
             group,
             x,
             *applied(norm, x, training, statistics, total),
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
+            weight.to(wide),
+            None if bias is None else bias.to(wide),
             0.0 if norm is None else norm.eps,
             activation_index(activation),
             stride,
@@ -273,6 +287,7 @@ def norm_act(
     if use_fused("norm_act_conv", x):
         norm = Norm(*norm)
         shortcut_norm = None if shortcut_norm is None else Norm(*shortcut_norm)
+        shortcut = None if shortcut is None else shortcut.to(x.dtype)
         group = shared_group(op, training, norm, shortcut_norm)
         (statistics, shortcut_statistics), total = shared_statistics(
             group, (norm, x, statistics), (shortcut_norm, shortcut, shortcut_statistics)
@@ -292,19 +307,31 @@ def norm_act(
     return norm_act_reference(x, norm, activation, shortcut=shortcut, shortcut_norm=shortcut_norm, training=training)
 
 
-register("norm_act_conv", native.supports("norm_act_conv", ("cpu",)))
+def _limit(x: Tensor, channels: int, out: int, kernel: int, stride: int, groups: int, transposed: bool) -> str | None:
+    """What the CUDA kernels do not take of the convolutions there are."""
+    if x.device.type != "cuda":
+        return None
+    if groups > 1 and not (groups == channels == out and stride == 1 and not transposed and kernel <= 33):
+        return "on cuda its kernels take one group, or a group a channel with stride 1 and at most 33 taps"
+    if transposed and kernel < stride:
+        return "on cuda its kernels take a transposed convolution of at least as many taps as its stride"
+    return None
+
+
+native.implement_in_triton("norm_act_conv", "norm_act_conv_backward", "norm_act", "norm_act_backward")
+register("norm_act_conv", native.supports("norm_act_conv", ("cpu", "cuda")))
 
 
 def _conv_fake(x, norm_weight, norm_bias, mean, var, weight, bias, eps, activation, stride, padding, groups, *rest):
     transposed, _, statistics = rest
     out = weight.shape[1] * groups if transposed else weight.shape[0]
     y = x.new_empty((x.shape[0], out, length_out(x.shape[2], weight.shape[2], stride, padding, transposed)))
-    return y, x.new_empty((2 if statistics else 0, out))
+    return y, weight.new_empty((2 if statistics else 0, out))
 
 
 def _conv_fake_backward(grad, x, norm_weight, norm_bias, mean, var, weight, has_bias, *_):
-    bias = x.new_empty(grad.shape[1] if has_bias else 0)
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty(weight.shape), bias
+    bias = weight.new_empty(grad.shape[1] if has_bias else 0)
+    return x.new_empty(x.shape), weight.new_empty((2, x.shape[1])), weight.new_empty(weight.shape), bias
 
 
 def _conv_setup_context(ctx, inputs, output) -> None:
@@ -336,7 +363,9 @@ def _act_fake(x, *rest):
 
 
 def _act_fake_backward(grad, x, *rest):
-    return x.new_empty(x.shape), x.new_empty((2, x.shape[1])), x.new_empty((0 if rest[4] is None else 2, x.shape[1]))
+    wide = native.wide(x.dtype)
+    sums = (x.new_empty((n, x.shape[1]), dtype=wide) for n in (2, 0 if rest[4] is None else 2))
+    return x.new_empty(x.shape), *sums
 
 
 def _act_setup_context(ctx, inputs, output) -> None:

@@ -23,28 +23,18 @@ torch.get_float32_matmul_precision() asks for, and float16 as tf32, which has it
 q nor dO can overflow.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mvat.kernels.triton import common
+from mvat.kernels.triton.common import TYPES, dense_rows, operand
 from mvat.kernels.triton.plans import Kind, Plan, choose
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 PAD_BLOCK = 1024
-
-
-@triton.jit
-def _operand(values, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """Values as a product's operand. Tensor cores cut float32 off where tf32 ends, which biases sums: round it here."""
-    values = values.to(DTYPE)
-    if DTYPE == tl.float32 and PRECISION == "tf32":
-        bits = (values.to(tl.int32, bitcast=True) + 0x1000) & -0x2000  # a NaN's carry would make it a zero
-        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
-    return values
 
 
 @triton.jit
@@ -57,7 +47,7 @@ def _windows(signal, rows, count, C: tl.constexpr):
 def _square(weight, factor, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """A or M, times a factor."""
     c = tl.arange(0, C)
-    return _operand(tl.load(weight + c[:, None] * C + c[None, :]) * factor, DTYPE, PRECISION)
+    return operand(tl.load(weight + c[:, None] * C + c[None, :]) * factor, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -67,11 +57,11 @@ def _queries(x, a, C: tl.constexpr, PRECISION: tl.constexpr):
     A is taken in two parts, its rounding and the rest: rounded alone it moved the scores as much as q's rounding does.
     """
     weight = _square(a, 1.0, C, tl.float32, "ieee")
-    high = _operand(weight, x.dtype, PRECISION)
+    high = operand(weight, x.dtype, PRECISION)
     q = tl.dot(x, high, input_precision=PRECISION)
     if PRECISION != "tf32x3":
-        q = tl.dot(x, _operand(weight - high.to(tl.float32), x.dtype, PRECISION), q, input_precision=PRECISION)
-    return _operand(q * LOG2E, x.dtype, PRECISION)
+        q = tl.dot(x, operand(weight - high.to(tl.float32), x.dtype, PRECISION), q, input_precision=PRECISION)
+    return operand(q * LOG2E, x.dtype, PRECISION)
 
 
 @triton.jit
@@ -103,7 +93,7 @@ def _finish(acc, top, total, m, y, softmax, mixed, s, rows, P, T, keep, DTYPE: t
         tl.store(softmax + 2 * at, top, mask=own)
         tl.store(softmax + 2 * at + 1, total, mask=own)
     weight = tl.trans(_square(m, 0.5, C, DTYPE, PRECISION))
-    out = tl.dot(_operand(o, DTYPE, PRECISION), weight, input_precision=PRECISION)
+    out = tl.dot(operand(o, DTYPE, PRECISION), weight, input_precision=PRECISION)
     _store_blocks(y + s * T, out, rows, r < R - 1, T, R, C)
 
 
@@ -121,7 +111,7 @@ def pad_kernel(x_in, padded, P, T, n, x_batch, x_channel, x_sample, DTYPE: tl.co
     source = x_in + (s // n) * x_batch + (s % n) * x_channel
     t = (at - C).to(tl.int64)
     values = tl.load(source + t * x_sample, mask=(t >= 0) & (t < T), other=0.0)
-    tl.store(padded + s * width + at, _operand(values, DTYPE, PRECISION), mask=at < width)
+    tl.store(padded + s * width + at, operand(values, DTYPE, PRECISION), mask=at < width)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -150,7 +140,7 @@ def forward_kernel(xp, a, m, y, softmax, mixed, sums, P, T, S, splits, keep, C: 
         e = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(e, 1)
-        acc = tl.dot(_operand(e, k.dtype, PRECISION), k, acc * shrink[:, None], input_precision=PRECISION)
+        acc = tl.dot(operand(e, k.dtype, PRECISION), k, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
     past = tl.cdiv(end - begin, STEP) * STEP - (end - begin)
     total -= past * tl.exp2(-top)
@@ -202,7 +192,7 @@ def queries_kernel(xp, gp, a, m, softmax, mixed, q_out, do_out, dq_out, stat, P,
     total = tl.load(softmax + 2 * at + 1, mask=there, other=1.0)
     weight = _square(m, 0.5, C, x.dtype, PRECISION)
     do = tl.dot(_windows(gp, rows, P, C), weight, input_precision=PRECISION)
-    do = _operand(do / total[:, None], x.dtype, PRECISION)
+    do = operand(do / total[:, None], x.dtype, PRECISION)
     o = tl.load(mixed + cells, mask=there[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(q_out + cells, q, mask=there[:, None])
@@ -214,8 +204,8 @@ def queries_kernel(xp, gp, a, m, softmax, mixed, q_out, do_out, dq_out, stat, P,
         k = _windows(xp, key + tl.arange(0, STEP), P, C)
         e = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) - top[:, None])
         ds = e * (tl.dot(do, tl.trans(k), input_precision=PRECISION) - delta[:, None])
-        dq = tl.dot(_operand(ds, k.dtype, PRECISION), k, dq, input_precision=PRECISION)
-    tl.store(dq_out + cells, _operand(dq, x.dtype, PRECISION), mask=there[:, None])
+        dq = tl.dot(operand(ds, k.dtype, PRECISION), k, dq, input_precision=PRECISION)
+    tl.store(dq_out + cells, operand(dq, x.dtype, PRECISION), mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -241,8 +231,8 @@ def keys_kernel(xp, a, q_in, do_in, dq_in, stat, dx, P, T, C: tl.constexpr, R: t
         top, delta = tl.split(tl.split(tl.reshape(packed, [STEP, 2, 2]))[0])
         e = tl.exp2(tl.dot(x, tl.trans(q), input_precision=PRECISION) - top[None, :])
         ds = e * (tl.dot(x, tl.trans(do), input_precision=PRECISION) * LN2 - delta[None, :])  # q is in base 2
-        acc = tl.dot(_operand(e, x.dtype, PRECISION), do, acc, input_precision=PRECISION)
-        acc = tl.dot(_operand(ds, x.dtype, PRECISION), q, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(e, x.dtype, PRECISION), do, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(ds, x.dtype, PRECISION), q, acc, input_precision=PRECISION)
     dq = tl.load(dq_in + (s * P + rows[:, None]) * C + c[None, :], mask=rows[:, None] < P, other=0.0)
     weight = tl.trans(_square(a, 1.0, C, x.dtype, PRECISION))
     acc = tl.dot(dq, weight, acc, input_precision=PRECISION)
@@ -270,7 +260,7 @@ def weights_kernel(xp, gp, mixed, dq_in, partials, P, S, C: tl.constexpr, R: tl.
         x = _windows(xp + s * (P + 1) * (C // 2), rows, P, C)
         g = _windows(gp + s * (P + 1) * (C // 2), rows, P, C)
         dq = tl.load(dq_in + cells, mask=there, other=0.0)
-        o = _operand(tl.load(mixed + cells, mask=there, other=0.0), x.dtype, PRECISION)
+        o = operand(tl.load(mixed + cells, mask=there, other=0.0), x.dtype, PRECISION)
         da = tl.dot(tl.trans(x), dq, da, input_precision=PRECISION)
         dm = tl.dot(tl.trans(g), o, dm, input_precision=PRECISION)
     _store_partials(partials, da, dm, C)
@@ -291,7 +281,7 @@ def small_forward_kernel(x_in, a, m, y, softmax, mixed, P, T, S, n, keep, x_batc
     b = tl.arange(0, R * PACK)
     row, s = b % R, (tl.program_id(0) * PACK + b // R).to(tl.int64)
     there = (s < S) & (row < P)
-    x = _operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
+    x = operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
     q = _queries(x, a, C, PRECISION)
     # A weight of 0 times another sequence's NaN or infinity would be NaN: scores carry those, within a sequence.
     zeros = x.to(tl.float32) * 0.0
@@ -301,14 +291,14 @@ def small_forward_kernel(x_in, a, m, y, softmax, mixed, P, T, S, n, keep, x_batc
     top = tl.maximum(tl.max(scores, 1), 0.0)
     e = tl.exp2(scores - top[:, None])
     total = tl.sum(e, 1) - (R - P) * tl.exp2(-top)
-    o = tl.dot(_operand(e, DTYPE, PRECISION), values, input_precision=PRECISION) / total[:, None]
+    o = tl.dot(operand(e, DTYPE, PRECISION), values, input_precision=PRECISION) / total[:, None]
     if keep:
         at = s * P + row
         tl.store(mixed + at[:, None] * C + tl.arange(0, C)[None, :], o, mask=there[:, None])
         tl.store(softmax + 2 * at, top, mask=there)
         tl.store(softmax + 2 * at + 1, total, mask=there)
     weight = tl.trans(_square(m, 0.5, C, DTYPE, PRECISION))
-    out = tl.dot(_operand(o, DTYPE, PRECISION), weight, input_precision=PRECISION)
+    out = tl.dot(operand(o, DTYPE, PRECISION), weight, input_precision=PRECISION)
     _store_blocks(y + s[:, None] * T, out, row, there & (row < P - 1), T, R * PACK, C)
 
 
@@ -325,23 +315,23 @@ def small_backward_kernel(g_in, x_in, a, m, softmax, mixed, dx, partials, P, T, 
         s = (group * PACK + b // R).to(tl.int64)
         there = (s < S) & (row < P)
         at = s * P + row
-        x = _operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
-        g = _operand(_whole(g_in, s, row, T, n, g_batch, g_channel, there, C), DTYPE, PRECISION)
+        x = operand(_whole(x_in, s, row, T, n, x_batch, x_channel, there, C), DTYPE, PRECISION)
+        g = operand(_whole(g_in, s, row, T, n, g_batch, g_channel, there, C), DTYPE, PRECISION)
         o = tl.load(mixed + at[:, None] * C + c[None, :], mask=there[:, None], other=0.0)
-        dm = tl.dot(tl.trans(g), _operand(o, DTYPE, PRECISION), dm, input_precision=PRECISION)
+        dm = tl.dot(tl.trans(g), operand(o, DTYPE, PRECISION), dm, input_precision=PRECISION)
         total = tl.load(softmax + 2 * at + 1, mask=there, other=1.0)
         do = tl.dot(g, _square(m, 0.5, C, DTYPE, PRECISION), input_precision=PRECISION)
-        do = _operand(do / total[:, None], DTYPE, PRECISION)
+        do = operand(do / total[:, None], DTYPE, PRECISION)
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
         top = tl.load(softmax + 2 * at, mask=there, other=0.0)
         q = _queries(x, a, C, PRECISION)
         scores = tl.dot(q, tl.trans(x), input_precision=PRECISION) - top[:, None]
         e = tl.exp2(tl.where((b // R)[:, None] == (b // R)[None, :], scores, float("-inf")))
         ds = e * (tl.dot(do, tl.trans(x), input_precision=PRECISION) - delta[:, None])
-        ds = _operand(ds, DTYPE, PRECISION)
+        ds = operand(ds, DTYPE, PRECISION)
         acc = tl.dot(tl.trans(ds), q, input_precision=PRECISION) * LN2
-        acc = tl.dot(tl.trans(_operand(e, DTYPE, PRECISION)), do, acc, input_precision=PRECISION)
-        dq = _operand(tl.dot(ds, x, input_precision=PRECISION), DTYPE, PRECISION)
+        acc = tl.dot(tl.trans(operand(e, DTYPE, PRECISION)), do, acc, input_precision=PRECISION)
+        dq = operand(tl.dot(ds, x, input_precision=PRECISION), DTYPE, PRECISION)
         da = tl.dot(tl.trans(x), dq, da, input_precision=PRECISION)
         acc = tl.dot(dq, tl.trans(_square(a, 1.0, C, DTYPE, PRECISION)), acc, input_precision=PRECISION)
         _store_blocks(dx + s[:, None] * T, acc, row, there & (row < P - 1), T, R * PACK, C)
@@ -361,21 +351,21 @@ def forward(
     if not y.numel():
         return y, softmax.zero_(), mixed.zero_()
     kind = Kind.of(x)
-    plan = plan or choose(kind, _capability(x.device))
+    plan = plan or choose(kind, common.capability(x.device))
     a, m, sizes = a.contiguous(), m.contiguous(), {"C": segment_len, "PRECISION": kind.precision}
     with torch.cuda.device_of(x):
         if plan.small_forward.holds(P):
             small = plan.small_forward.tile(P)
-            x = _rows(x)
+            x = dense_rows(x)
             small_forward_kernel[(triton.cdiv(S, small.pack),)](
-                x, a, m, y, softmax, mixed, P, T, S, n, int(keep), x.stride(0), x.stride(1), DTYPE=_TYPES[kind.dtype],
+                x, a, m, y, softmax, mixed, P, T, S, n, int(keep), x.stride(0), x.stride(1), DTYPE=TYPES[kind.dtype],
                 R=small.rows, PACK=small.pack, num_warps=small.warps, num_stages=1, **sizes,
             )  # fmt: skip
             return y, softmax, mixed
         xp, tile = _padded(x, segment_len, kind), plan.forward
         sizes |= {"R": tile.rows}
         launch = {"STEP": tile.step, "num_warps": tile.warps, "num_stages": tile.stages}
-        splits = plan.splits(S * triton.cdiv(P, tile.rows), P, _processors(x.device))
+        splits = plan.splits(S * triton.cdiv(P, tile.rows), P, common.processors(x.device))
         if splits == 1:
             forward_kernel[(S * triton.cdiv(P - 1, tile.rows - 1),)](
                 xp, a, m, y, softmax, mixed, xp, P, T, S, 1, int(keep), SPLIT=False, **sizes, **launch
@@ -388,7 +378,7 @@ def forward(
         )
         sizes |= {"R": plan.combine.rows}
         combine_kernel[(S * triton.cdiv(P - 1, plan.combine.rows - 1),)](
-            parts, sums, m, y, softmax, mixed, P, T, S, splits, int(keep), DTYPE=_TYPES[kind.dtype],
+            parts, sums, m, y, softmax, mixed, P, T, S, splits, int(keep), DTYPE=TYPES[kind.dtype],
             num_warps=plan.combine.warps, num_stages=1, **sizes,
         )  # fmt: skip
     return y, softmax, mixed
@@ -406,18 +396,18 @@ def backward(
     if not dx.numel():
         return dx, torch.zeros_like(a), torch.zeros_like(m)
     kind = Kind.of(x)
-    plan = plan or choose(kind, _capability(x.device))
-    programs = 2 * _processors(x.device)
+    plan = plan or choose(kind, common.capability(x.device))
+    programs = 2 * common.processors(x.device)
     a, m, softmax, mixed = a.contiguous(), m.contiguous(), softmax.contiguous(), mixed.contiguous()
     sizes = {"C": C, "PRECISION": kind.precision}
     with torch.cuda.device_of(x):
         if plan.small_backward.holds(P):
             small = plan.small_backward.tile(P)
-            x, grad = _rows(x), _rows(grad)
+            x, grad = dense_rows(x), dense_rows(grad)
             partials = a.new_empty(min(programs, triton.cdiv(S, small.pack)), 2, C, C)
             small_backward_kernel[(len(partials),)](
                 grad, x, a, m, softmax, mixed, dx, partials, P, T, S, n, grad.stride(0), grad.stride(1), x.stride(0),
-                x.stride(1), DTYPE=_TYPES[kind.dtype], R=small.rows, PACK=small.pack, num_warps=small.warps,
+                x.stride(1), DTYPE=TYPES[kind.dtype], R=small.rows, PACK=small.pack, num_warps=small.warps,
                 num_stages=1, **sizes,
             )  # fmt: skip
         else:
@@ -443,9 +433,6 @@ def backward(
     return dx, da[None], dm[None]
 
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-
-
 def _check(a: Tensor, segment_len: int) -> None:
     if len(a) != 1 or segment_len not in (32, 64):
         raise ValueError(
@@ -457,29 +444,13 @@ def _chunks(T: int, segment_len: int) -> int:
     return (T + segment_len) // (segment_len // 2) + 1
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as it is where samples lie side by side, else a copy."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-
-
 def _padded(x: Tensor, segment_len: int, kind: Kind) -> Tensor:
     """[S, h (P + 1)] of pad_kernel."""
     B, n, T = x.shape
     P = _chunks(T, segment_len)
     padded = x.new_empty(B * n, segment_len // 2 * (P + 1), dtype=kind.dtype)
     pad_kernel[(B * n * triton.cdiv(padded.shape[1], PAD_BLOCK),)](
-        x, padded, P, T, n, *x.stride(), DTYPE=_TYPES[kind.dtype], C=segment_len, BLOCK=PAD_BLOCK,
+        x, padded, P, T, n, *x.stride(), DTYPE=TYPES[kind.dtype], C=segment_len, BLOCK=PAD_BLOCK,
         PRECISION=kind.precision, num_warps=4,
     )  # fmt: skip
     return padded
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors; one where the interpreter runs on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

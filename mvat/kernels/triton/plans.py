@@ -1,7 +1,9 @@
 """Tiles, warps and pipeline stages of the Triton kernels: by the GPU's capability and the products' precision.
 
 They are chosen by these alone and by whether a sequence fits into one tile, never by trying and never by the length
-itself: a new length compiles nothing. Every one of them is compiled, without spills, by benchmarks/triton_report.py.
+itself: a new length compiles nothing, or once what takes rows of no multiple of four samples.
+benchmarks/triton_report.py compiles them, and none may spill: every one of global_attention, and of the convolution
+stages every one on sm_90 and the heaviest on a GPU of each other generation.
 """
 
 from dataclasses import dataclass, replace
@@ -161,15 +163,101 @@ _PLANS = {
 }
 
 
+@dataclass(frozen=True)
+class Block:
+    """A product's tile: rows (of time), the most columns, the most of the sum at a step (0: all); warps, stages."""
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """Everything that the launchers of norm_act_conv choose.
+
+    `weights` has channels in rows and columns, and time in the sum; `pointwise` has the most channels of either side in
+    its columns; `depthwise` has blocks of 32 samples in its rows, few of them for short features.
+    """
+
+    forward: Block
+    data: Block
+    weights: Block
+    pointwise: Block
+    depthwise: Tile
+    short: Tile
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """Everything that the launchers of mask_gate choose; their blocks' columns are the most channels that are fused."""
+
+    forward: Block
+    backward: Block
+    wide: ConvPlan
+
+
+def check_capability(op: str, capability: tuple[int, int]) -> None:
+    """RuntimeError below 8.0, which has neither bfloat16 nor tf32."""
+    if capability < (8, 0):
+        raise RuntimeError(
+            f"{op}: its kernel takes compute capability 8.0 or more, this GPU has {capability[0]}.{capability[1]}; "
+            "use mvat.kernels.use_backend('eager')"
+        )
+
+
 def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
     """The plan for a GPU of this compute capability.
 
     Raises:
         RuntimeError: below 8.0, which has neither bfloat16 nor tf32.
     """
-    if capability < (8, 0):
-        raise RuntimeError(
-            "global_attention: its kernel takes compute capability 8.0 or more, this GPU has "
-            f"{capability[0]}.{capability[1]}; use mvat.kernels.use_backend('eager')"
-        )
+    check_capability("global_attention", capability)
     return _PLANS.get(capability[0], _OTHERS)[kind]
+
+
+#: The same for every GPU: tiles are small, since memory is the limit, and no kernel spills with them.
+_DEPTHWISE = {"depthwise": Tile(32, 0, 4, 1), "short": Tile(16, 0, 4, 1)}
+_CONV = {
+    Kind.BF16: ConvPlan(
+        forward=Block(64, 64, 32, 8, 2),
+        data=Block(64, 64, 64, 8, 2),
+        weights=Block(64, 64, 32, 8, 2),
+        pointwise=Block(32, 64, 0, 8, 1),
+        **_DEPTHWISE,
+    ),
+    Kind.TF32: ConvPlan(
+        forward=Block(64, 64, 32, 8, 2),
+        data=Block(64, 64, 32, 8, 2),
+        weights=Block(64, 64, 16, 8, 2),
+        pointwise=Block(32, 64, 0, 8, 1),
+        **_DEPTHWISE,
+    ),
+    Kind.TF32X3: ConvPlan(
+        forward=Block(32, 64, 16, 4, 2),
+        data=Block(32, 64, 16, 8, 2),
+        weights=Block(64, 64, 16, 8, 2),
+        pointwise=Block(16, 32, 0, 8, 1),
+        **_DEPTHWISE,
+    ),
+}
+
+
+def choose_conv(kind: Kind, capability: tuple[int, int]) -> ConvPlan:
+    """Likewise for the convolution stages."""
+    check_capability("norm_act_conv", capability)
+    return _CONV[kind]
+
+
+_GATE = {
+    Kind.BF16: (Block(32, 128, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.TF32: (Block(32, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+    Kind.TF32X3: (Block(32, 64, 0, 8, 1), Block(32, 64, 0, 8, 1)),
+}
+
+
+def choose_gate(kind: Kind, capability: tuple[int, int]) -> GatePlan:
+    """Likewise for mask_gate."""
+    return GatePlan(*_GATE[kind], choose_conv(kind, capability))
