@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mvat.audio import SAMPLE_RATE
 from mvat.models import PRESETS, Manner
 from train import manifest
-from train.config import ModelConfig, RunConfig
+from train.config import ModelConfig, RunConfig, differences
 from train.data import FilePairs, Segments
+from train.loading import Readable
 from train.manifest import Entry
 from train.mixtures import Mixer, Mixtures
+from train.polarity import start_upright
 from train.solver import Solver, Stopped
 
 
@@ -113,7 +116,27 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = Manner(**config.model.arguments)
+    if config.model.weights is None:
+        start_upright(model, *_sample(drawn))
+    else:
+        _start_from(model, config.model.weights)
     return Solver(config, model, teacher, drawn, _file_pairs(valid), kind).fit()
+
+
+def _start_from(model: Manner, weights: str) -> None:
+    """Load the weights to begin with; ValueError where they are another model's."""
+    found = Manner.from_pretrained(weights)
+    unlike = differences(model.config, found.config)
+    if unlike:
+        raise ValueError(f"model.weights: {weights} is of another model than the run's ({'; '.join(unlike)})")
+    model.load_state_dict(found.state_dict())
+
+
+def _sample(drawn: Segments | Mixtures, size: int = 4) -> tuple[Tensor, Tensor]:
+    """Some training examples, clean and noisy [B, 1, T], spread over the set and the same in every process."""
+    readable = Readable(drawn)
+    items = [readable[0, i * len(drawn) // size] for i in range(min(size, len(drawn)))]
+    return torch.stack([item[0] for item in items]), torch.stack([item[1] for item in items])
 
 
 def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry]) -> Segments | Mixtures:
@@ -185,7 +208,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
         raise ValueError("name model.preset, or model.arguments")
     with torch.device("meta"):
         try:
-            return ModelConfig(model.preset, Manner(**arguments).config)
+            return ModelConfig(model.preset, Manner(**arguments).config, model.weights)
         except (TypeError, ValueError) as error:
             raise ValueError(f"model.arguments: {error}") from None
 

@@ -18,10 +18,12 @@ class ModelConfig:
     Args:
         preset: a name of mvat.models.PRESETS, or None.
         arguments: arguments of mvat.models.Manner, over those of the preset.
+        weights: whatever Manner.from_pretrained takes, to start from instead of random weights; None starts from those.
     """
 
     preset: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
 
 @dataclass
