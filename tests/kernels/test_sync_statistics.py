@@ -355,6 +355,12 @@ def test_optimisers_and_states_stay_what_they_are() -> None:
     assert all(a is b for a, b in zip(buffers, model.buffers(), strict=True))
 
 
+def test_a_norm_in_several_places_stays_one() -> None:
+    norm = nn.BatchNorm1d(3)
+    model = sync_batch_norm(nn.Sequential(norm, nn.ReLU(), norm, nn.Sequential(norm)))
+    assert isinstance(model[0], SyncBatchNorm1d) and model[0] is model[2] is model[3][0]
+
+
 def test_pytorch_own_conversion_is_understood() -> None:
     model = small().eval()
     x = torch.randn(2, 1, 331, dtype=torch.float64)
