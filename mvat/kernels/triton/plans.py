@@ -222,7 +222,7 @@ def choose(kind: Kind, capability: tuple[int, int]) -> Plan:
     return _PLANS.get(capability[0], _OTHERS)[kind]
 
 
-#: The same for every GPU: tiles are small, since memory is the limit, and none of MANNER's kernels spills with them; the
+#: The same for every GPU: tiles are small, since memory is the limit. None of MANNER's kernels spills with them; the
 #: pointwise gradient behind GLU, which MANNER does not have, does: on sm_90 64 bytes in bfloat16, 208 in tf32.
 _DEPTHWISE = {"depthwise": Tile(32, 0, 4, 1), "short": Tile(16, 0, 4, 1)}
 _CONV = {
