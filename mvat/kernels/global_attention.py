@@ -29,9 +29,9 @@ Four channels of a quarter of a second lose: there the weights' products and the
 AVX-512 the gain doubles: [1, 20, 64084] takes 127, 121, 39 ms and 466, 425, 130.
 
 On a GPU (mvat/kernels/triton/global_attention.py) one head with C = 64 or 32 runs in Triton, forward and backward, in
-float32 (products in tf32 or in three of tf32, whichever torch.get_float32_matmul_precision() asks for), bfloat16 and
-float16 (products in tf32); anything else takes the reference with a warning. Where a sequence fits into a tile (up to
-64 chunks forward and 32 backward, by GPU and dtype) that is one kernel each way; else a padded copy and one kernel
+float32 (products in tf32 or in three of tf32, whichever torch.backends.cuda.matmul.fp32_precision asks for), bfloat16
+and float16 (products in tf32); anything else takes the reference with a warning. Where a sequence fits into a tile (up
+to 64 chunks forward and 32 backward, by GPU and dtype) that is one kernel each way; else a padded copy and one kernel
 forward, with the keys split and put together again where there are few sequences, and two copies and three kernels
 backward. Memory grows with T alone: beside y a copy of x and, for a gradient, what is kept, 2 T values a sequence; 2 T
 float32 values a part where keys are split; backward 9 T values at the worst moment. The first call of a dtype compiles

@@ -182,7 +182,8 @@ def _shared(
         move_running(norm1, mean, var, count, total)
     weight, bias = norm1.weight.to(x.dtype), norm1.bias.to(x.dtype)
     pooled = _Pool.apply(x, depthwise, weight, bias, mean, var, segment_len, norm1.eps, group)
-    return _masked(x, pooled, conv.to(x.dtype), norm2, True)
+    with torch.autocast(x.device.type, enabled=False):  # as the kernel that this stands for
+        return _masked(x, pooled, conv.to(x.dtype), norm2, True)
 
 
 class _Pool(torch.autograd.Function):

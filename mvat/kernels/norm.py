@@ -125,7 +125,8 @@ def batch_norm_reference(x: Tensor, norm: Norm, training: bool) -> Tensor:
     count = x.shape[0] * x.shape[2:].numel()
     wide = x.to(native.wide(x.dtype))
     sums = torch.cat((wide.sum(dims, dtype=torch.float64), wide.new_full((1,), count, dtype=torch.float64)))
-    *_, total = sums = _Sum.apply(sums, group)
+    sums = _Sum.apply(sums, group)
+    total = sums[-1].detach()
     mean = sums[:-1] / total
     centred = wide - mean.to(wide.dtype).view(shape)
     var = _Sum.apply(centred.square().sum(dims, dtype=torch.float64), group) / total

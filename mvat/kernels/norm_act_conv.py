@@ -30,12 +30,12 @@ groups, and transposed convolutions of fewer taps than their stride, take the re
 float32, bfloat16 or float16; parameters, statistics and their gradients stay float32; products accumulate in float32
 and read their operands as global_attention's do. Under autocast a stage takes its features in half precision, as the
 convolution that it stands for would. Forward is one kernel, with statistics a small second one, that reads x once and
-writes y once. Backward writes dz once; a pointwise stage of up to 64 channels on either side (32 in float32 with
-torch.get_float32_matmul_precision() at "highest") and a depthwise one read y's gradient and x once, others twice, once
-for dz and once for the weight's gradient; norm_gradient reads dz and x and writes dx. Sums are partial ones of tiles,
-or of shares of tiles that depend on sizes and device, added in order: results are equal to the bit from run to run. A
-sample that is not finite reaches up to 63 samples to either side in a depthwise stage, not 15. Compiled for sm_80,
-sm_90, sm_100 and sm_120 without spills and right in the interpreter, not run on a GPU yet.
+writes y once. Backward writes dz once; a pointwise stage of up to 64 channels on either side (32 in float32 unless
+torch.backends.cuda.matmul.fp32_precision allows tf32) and a depthwise one read y's gradient and x once, others twice,
+once for dz and once for the weight's gradient; norm_gradient reads dz and x and writes dx. Sums are partial ones of
+tiles, or of shares of tiles that depend on sizes and device, added in order: results are equal to the bit from run to
+run. A sample that is not finite reaches up to 63 samples to either side in a depthwise stage, not 15. Compiled for
+sm_80, sm_90, sm_100 and sm_120 without spills and right in the interpreter, not run on a GPU yet.
 """
 
 from collections.abc import Callable

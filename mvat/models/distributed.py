@@ -66,11 +66,12 @@ def sync_batch_norm(model: nn.Module, process_group: "dist.ProcessGroup | None" 
     Raises:
         ValueError: for a batch norm without affine parameters, running statistics or momentum.
     """
+    made = {bn: _converted(bn, process_group) for bn in model.modules() if isinstance(bn, nn.BatchNorm1d)}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm1d):
-                setattr(parent, name, _converted(child, process_group))
-    return _converted(model, process_group) if isinstance(model, nn.BatchNorm1d) else model
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.BatchNorm1d):  # one that stands in several places stays one
+                setattr(parent, name, made[child])
+    return made[model] if isinstance(model, nn.BatchNorm1d) else model
 
 
 def _converted(bn: nn.BatchNorm1d, process_group: "dist.ProcessGroup | None") -> SyncBatchNorm1d:

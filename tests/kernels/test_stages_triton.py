@@ -228,6 +228,19 @@ def test_an_empty_batch(name: str) -> None:
     assert [g.shape for g in gradients] == [t.shape for t in tensors]
 
 
+@pytest.mark.parametrize("options", [{"padding": 2}, {"padding": 2, "groups": 4}, {"stride": 2, "transposed": True}])
+def test_no_samples_leave_the_bias(options: dict) -> None:
+    """Padding alone, or taps beyond the stride, make outputs of an input without samples: the bias is all of them."""
+    x = torch.randn(2, 4, 0, requires_grad=True)
+    weight = torch.randn(4, 1 if "groups" in options else 4, 3, requires_grad=True)
+    bias = torch.randn(4, requires_grad=True)
+    y = norm_act_conv(x, weight, bias, **options)
+    assert y.shape[2] and torch.equal(y, bias[:, None].expand_as(y))
+    dx, d_weight, d_bias = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert dx.shape == x.shape and not d_weight.any()
+    assert torch.equal(d_bias, torch.full((4,), 2.0 * y.shape[2]))
+
+
 @pytest.mark.parametrize("name", ["1x1", "down", "up", "end", "gate"])
 def test_a_nan_is_handed_on(name: str) -> None:
     case = STAGES[name]
@@ -339,6 +352,18 @@ def test_the_operators_have_the_kernels_of_cuda(monkeypatch: pytest.MonkeyPatch)
     assert all((row.implementation == "fused") == (row.dtype != "float64") for row in rows)
     key = torch._C._dispatch_has_kernel_for_dispatch_key
     assert all(key(f"mvat::{op}", "CUDA") for op in OPERATORS)
+
+
+def test_the_kind_follows_either_setting_of_float32_precision(precision) -> None:
+    """Reading one of PyTorch's two interfaces raises where the other alone was used."""
+    x, settings = torch.empty(1), torch.backends.cuda.matmul
+    for name, kind in (("highest", plans.Kind.TF32X3), ("high", plans.Kind.TF32), ("medium", plans.Kind.TF32)):
+        precision(name)
+        assert plans.Kind.of(x) == kind
+    precision("highest")
+    for name, kind in (("tf32", plans.Kind.TF32), ("ieee", plans.Kind.TF32X3)):
+        settings.fp32_precision = name
+        assert plans.Kind.of(x) == kind
 
 
 def test_the_plan_follows_device_and_kind() -> None:

@@ -216,6 +216,16 @@ def check_compiled() -> None:
     check_op(op._replace(call=compiled), SHARDS["unequal"], "fused")
 
 
+def check_autocast() -> None:
+    """A CPU's kernels stay in float32, and so does what stands beside them."""
+    op, clips = OPS["local_attention"], own(SHARDS["unequal"])
+    with use_backend("fused"), torch.autocast("cpu", torch.bfloat16):
+        expected = run(op, slice(None), None, torch.float32)
+        ours = run(op, clips, dist.group.WORLD, torch.float32)
+    same(ours.y, expected.y[clips], 1e-5)
+    same(ours.features, [grad[clips] for grad in expected.features], 1e-5)
+
+
 def check_checkpoint(mode: str) -> None:
     op = OPS["a chain"]._replace(call=partial(checkpoint, chain, use_reentrant=False))
     check_op(op, SHARDS["unequal"], mode)
@@ -294,7 +304,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     },
     **{f"checkpoint, {mode}": partial(check_checkpoint, mode) for mode in MODES},
     **{f"model, {name}, {mode}": partial(check_model, SHARDS[name], mode) for name in SHARDS for mode in MODES},
-    **({"messages": check_messages, "compiled": check_compiled} if FUSED else {}),
+    **({"messages": check_messages, "compiled": check_compiled, "autocast": check_autocast} if FUSED else {}),
     **{f"far from zero, {mode}": partial(check_far_from_zero, mode) for mode in MODES},
     "a single value": check_a_single_value,
     "model without a gradient": check_model_without_gradient,
@@ -353,6 +363,12 @@ def test_optimisers_and_states_stay_what_they_are() -> None:
     assert sync_batch_norm(model) is model
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert all(a is b for a, b in zip(buffers, model.buffers(), strict=True))
+
+
+def test_a_norm_in_several_places_stays_one() -> None:
+    norm = nn.BatchNorm1d(3)
+    model = sync_batch_norm(nn.Sequential(norm, nn.ReLU(), norm, nn.Sequential(norm)))
+    assert isinstance(model[0], SyncBatchNorm1d) and model[0] is model[2] is model[3][0]
 
 
 def test_pytorch_own_conversion_is_understood() -> None:

@@ -1,5 +1,6 @@
 """The blocks as modules of their own: each is its op with its parameters, and refuses what it cannot be made of."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from mvat import kernels, models
 from mvat.kernels import Norm
 from mvat.models import ChannelAttention, GlobalAttention, LocalAttention, MaskGate, MultiView, ResCon
+from mvat.models.blocks import conv_stage, joined_stage
 
 
 def ops(x: Tensor) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
@@ -61,6 +63,33 @@ def test_a_block_is_its_views_merged() -> None:
     views = block.views(x)
     assert isinstance(views, models.Views) and all(view.shape == (2, 2, 59) for view in views)
     assert torch.equal(block.merge(x, views), block(x))
+
+
+@pytest.mark.parametrize("mode", ["eager", "auto"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("changed", [{}, {"momentum": 0.3}, {"eps": 0.1}, {"training": False}])
+def test_branches_joined_are_branches_normalised(changed: dict, training: bool, mode: str) -> None:
+    """Norms that differ cannot be taken for one; either way they are counted, and move their own statistics, once."""
+    torch.manual_seed(0)
+    first, last = nn.Conv1d(4, 3, 1).double(), nn.Conv1d(6, 5, 1).double()
+    xs = [torch.randn(2, 4, 19, dtype=torch.float64) for _ in range(2)]
+    results = []
+    norms = [nn.BatchNorm1d(3).double().train(training) for _ in xs]
+    for norm in norms:
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            nn.init.uniform_(t, 0.5, 1.5)
+    vars(norms[1]).update(changed)
+    for joined in (True, False):
+        bns = copy.deepcopy(norms)
+        with kernels.use_backend(mode if joined else "eager"):
+            if joined:
+                y = joined_stage([conv_stage(x, first) for x in xs], bns, "relu", last).features
+            else:
+                y = last(torch.cat([bn(first(x)) for x, bn in zip(xs, bns, strict=True)], 1).relu())
+        parameters = [*first.parameters(), *last.parameters(), *(p for bn in bns for p in bn.parameters())]
+        gradients = torch.autograd.grad(y.square().sum(), parameters)
+        results.append([y, *gradients, *(buffer for bn in bns for buffer in bn.buffers())])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ the order of every sum depends on the sizes and the device alone. Sequences of f
 tile, by one kernel forward and one backward that read x as it is: there the launches are what costs.
 
 Products take bfloat16 as it is, float32 as tf32 or in three tf32 products (tf32x3), whichever
-torch.get_float32_matmul_precision() asks for, and float16 as tf32, which has its mantissa and float32's range: neither
-q nor dO can overflow.
+torch.backends.cuda.matmul.fp32_precision asks for, and float16 as tf32, which has its mantissa and float32's range:
+neither q nor dO can overflow.
 """
 
 import torch

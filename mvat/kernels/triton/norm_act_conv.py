@@ -348,8 +348,9 @@ def backward(
     """torch.ops.mvat.norm_act_conv_backward, likewise."""
     dz = x.new_empty(x.shape)
     if not dz.numel():
-        sums, d_bias = (x.new_zeros(s, dtype=torch.float32) for s in ((2, x.shape[1]), grad.shape[1] * has_bias))
-        return dz, sums, torch.zeros_like(weight), d_bias
+        sums = x.new_zeros((2, x.shape[1]), dtype=torch.float32)
+        d_bias = grad.sum((0, 2), dtype=torch.float32)  # padding alone makes outputs of no samples
+        return dz, sums, torch.zeros_like(weight), d_bias if has_bias else d_bias.new_empty(0)
     kind = Kind.of(x)
     plan = plan or choose_conv(kind, common.capability(x.device))
     x, grad, weight = dense_rows(x), dense_rows(grad), weight.float()
