@@ -18,6 +18,11 @@ from mvat.files import replacing
 from mvat.models.pretrained import read_checkpoint
 
 FORMAT = "mvat-checkpoint-2"
+#: What last.pt holds.
+KEYS = (
+    *("model_config", "state_dict", "epoch", "step", "history", "config", "raw_state_dict", "moves", "optimizer"),
+    *("scheduler", "scaler", "progress", "running", "updates", "curves", "random"),
+)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -30,10 +35,13 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save` wrote; ValueError names the file and the reason."""
+    """Read a last.pt that `save` wrote; ValueError names the file and the reason."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint that a run can go on from (format {content.get('format')!r})")
+    for key in KEYS:
+        if key not in content:
+            raise ValueError(f"{path}: damaged: no {key!r}")
     return content
 
 

@@ -175,8 +175,10 @@ def _plain(value: Any) -> Any:
 
 
 def check(config: RunConfig) -> None:
-    """Whatever in optim and valid would otherwise end a run late: ValueError names the key."""
+    """Whatever would otherwise end a run late, or in other words: ValueError names the key and what it holds."""
     optim, valid, data = config.optim, config.valid, config.data
+    _require(0 <= config.seed < 2**32, "seed", f"between 0 and {2**32 - 1}", config.seed)
+    _require(bool(config.out.strip()), "out", "the name of a folder", repr(config.out))
     for name in ("epochs", "batch_size", "accumulate"):
         count = getattr(optim, name)
         _require(count >= 1, f"optim.{name}", "at least 1", count)
@@ -190,8 +192,16 @@ def check(config: RunConfig) -> None:
     _require(not unknown, "valid.metrics", f"some of {', '.join(METRICS)}", unknown)
     scored = valid.select == "loss" or valid.select in valid.metrics
     _require(scored, "valid.select", '"loss" or one of valid.metrics', repr(valid.select))
-    long = round(data.segment_seconds * SAMPLE_RATE) >= SHORTEST
-    _require(long, "data.segment_seconds", f"at least {SHORTEST / SAMPLE_RATE:.4f}", data.segment_seconds)
+    shortest, seconds = SHORTEST / SAMPLE_RATE, data.segment_seconds
+    long = math.isfinite(seconds) and round(seconds * SAMPLE_RATE) >= SHORTEST
+    _require(long, "data.segment_seconds", f"at least {shortest:.4f}", seconds)
+    hop = data.stride_seconds
+    _require(math.isfinite(hop) and round(hop * SAMPLE_RATE) >= 1, "data.stride_seconds", "positive", hop)
+    lowest, highest = data.tempo
+    _require(0 < lowest <= highest < math.inf, "data.tempo", "a positive range, lowest first", list(data.tempo))
+    _require(0 <= data.tempo_share <= 1, "data.tempo_share", "between 0 and 1", data.tempo_share)
+    _require(data.valid_limit >= 0, "data.valid_limit", "0 or more", data.valid_limit)
+    _require(data.workers >= 0, "data.workers", "0 or more", data.workers)
     _require(config.save_minutes >= 0, "save_minutes", "0 or more", config.save_minutes)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mvat.errors import Parser, failed
+from mvat.kernels import current_backend
 from mvat.metrics import Scores
 from train import command
 from train.evaluate import evaluate
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the runs and the report")
     parser.add_argument("--source", choices=("voices", "synthetic"), help="default: voices, else synthetic")
     try:
+        current_backend()
         options = parser.parse_args(argv)
         return 0 if demo(options.data, options.out, options.source) else 1
     except (ValueError, OSError, ModuleNotFoundError) as error:

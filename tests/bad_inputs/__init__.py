@@ -28,16 +28,8 @@ from tests.bad_inputs import scene
 PROGRAMS = {
     "mvat": ("mvat.cli", "mvat: error: "),
     **{
-        f"python -m train.{name}": (f"train.{name}", f"{start}error: ")
-        for name, start in (
-            ("prepare", "train.prepare: "),
-            ("demo", "train.demo: "),
-            ("teacher", ""),
-            ("distill", ""),
-            ("evaluate", ""),
-            ("report", ""),
-            ("results", ""),
-        )
+        f"python -m train.{name}": (f"train.{name}", f"train.{name}: error: ")
+        for name in ("prepare", "demo", "teacher", "distill", "study", "evaluate", "report", "results")
     },
 }
 
