@@ -37,9 +37,7 @@ def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
     return config
 
 
-def parse_values(
-    argv: Sequence[str] | None, description: str, of: type, add_arguments: Callable[[Any], object]
-) -> Any:
+def parse_values(argv: Sequence[str] | None, description: str, of: type, add_arguments: Callable[[Any], object]) -> Any:
     """What `parse` does, for any dataclass: `add_arguments` is called with jsonargparse's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 

@@ -6,9 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from mvat.audio import SAMPLE_RATE
 from mvat.losses import SHORTEST
 from mvat.metrics import METRICS
+
+#: What NumPy's generator can start from.
+SEEDS = range(2**32)
 
 
 @dataclass
@@ -177,11 +182,13 @@ def _plain(value: Any) -> Any:
 def check(config: RunConfig) -> None:
     """Whatever would otherwise end a run late, or in other words: ValueError names the key and what it holds."""
     optim, valid, data = config.optim, config.valid, config.data
-    _require(0 <= config.seed < 2**32, "seed", f"between 0 and {2**32 - 1}", config.seed)
+    _require(config.seed in SEEDS, "seed", f"between 0 and {SEEDS[-1]}", config.seed)
     _require(bool(config.out.strip()), "out", "the name of a folder", repr(config.out))
     for name in ("epochs", "batch_size", "accumulate"):
         count = getattr(optim, name)
         _require(count >= 1, f"optim.{name}", "at least 1", count)
+    if optim.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError('optim.precision "fp16" needs a GPU; without one there is "bf16" or "no"')
     _require(0 < optim.lr < math.inf, "optim.lr", "positive", optim.lr)
     _require(optim.clip is None or 0 < optim.clip < math.inf, "optim.clip", "positive", optim.clip)
     _require(optim.ema is None or 0 <= optim.ema < 1, "optim.ema", "at least 0 and less than 1", optim.ema)

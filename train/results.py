@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         match arguments:
             case ["-h" | "--help"]:
                 print(__doc__)
-            case ["save", experiment, file]:
+            case ["save", experiment, file] if file.strip():
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 results = gather(Path(experiment))
                 is_study = results["format"] == study_results.FORMAT
@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             case _:
                 given = shlex.join(arguments) or "nothing"
                 raise ValueError(
-                    f"expected save FOLDER FILE, readme FILE or check FILE, got {given}; see `python -m train.results -h`"
+                    f"expected save FOLDER FILE, readme FILE or check FILE, got {given} "
+                    "(see `python -m train.results --help`)"
                 )
     except (ValueError, OSError) as error:
         return failed("train.results", error)

@@ -194,8 +194,10 @@ def model_name(model: ModelConfig) -> str:
 
 
 def _check_seeds(key: str, seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"{key} must be one or more different numbers from 0 on, got {list(seeds)}")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(seed in settings.SEEDS for seed in seeds):
+        raise ValueError(
+            f"{key} must be one or more different numbers from 0 to {settings.SEEDS[-1]}, got {list(seeds)}"
+        )
 
 
 def _resolved(key: str, model: ModelConfig) -> ModelConfig:

@@ -237,7 +237,7 @@ def problems(case: Case, outcome: Outcome) -> list[str]:
 
 def groups() -> dict[str, tuple[Case, ...]]:
     """All cases by what they are about."""
-    modules = ("files", "weights", "commands", "configurations", "preparation", "scores", "calls")
+    modules = ("files", "weights", "commands", "configurations", "preparation", "scores", "studies", "calls")
     found: dict[str, tuple[Case, ...]] = {}
     for module in modules:
         found |= importlib.import_module(f"tests.bad_inputs.{module}").GROUPS

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvat.errors import Parser, failed
+from mvat.errors import Parser, failed, named
 from mvat.kernels import current_backend
 from train.report import report
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", metavar="LABEL", help="what the others are compared with (default: noisy)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=named,
         metavar="FILE",
         help="page to write (default: FOLDER/report.html; of several: report.html here)",
     )
@@ -27,10 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         current_backend()
         options = parser.parse_args(arguments)
         out = options.out or (Path("report.html") if len(options.folders) > 1 else None)
-        path = report(*options.folders, baseline=options.baseline, out=out)
+        page = report(*options.folders, baseline=options.baseline, out=out)
     except (ValueError, OSError, ImportError) as error:
         return failed("train.report", error)
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
