@@ -87,12 +87,6 @@ FILES = (
     more("arguments as a list", "model: {arguments: [6]}\n", "arguments"),
 )
 
-#: Where there is one, this is a good configuration.
-NO_GPU = (
-    ()
-    if torch.cuda.is_available()
-    else (option("half precision without a GPU", "--optim.precision fp16", 'optim.precision "fp16" needs a GPU'),)
-)
 VALUES = (
     option("an unknown option", "--optim.momentum 0.9", "optim.momentum"),
     option("an option cut short", "--optim.epoch 3", "optim.epoch"),
@@ -121,7 +115,12 @@ VALUES = (
     option("minutes below 0", "--save_minutes=-1", "save_minutes must be 0 or more|-1.0"),
     option("minutes of NaN", "--save_minutes .nan", "save_minutes must be 0 or more|nan"),
     option("an unknown precision", "--optim.precision int8", "optim.precision|int8"),
-    *NO_GPU,
+    Case(
+        "half precision without a GPU",
+        f"{TEACHER} base.yaml --optim.precision fp16",
+        'optim.precision "fp16" needs a GPU',
+        without_gpu=True,
+    ),
     option("no validation", "--valid.every 0", "valid.every must be at least 1|0"),
     option("an unknown metric", '--valid.metrics "[mos]"', "valid.metrics must be some of|mos"),
     option("a choice outside the metrics", "--valid.select stoi", "valid.select|'stoi'"),
@@ -135,7 +134,7 @@ VALUES = (
     option("endless segments", "--data.segment_seconds .inf", "data.segment_seconds must be at least 0.0641|inf"),
     option("workers below 0", "--data.workers=-1", "data.workers must be 0 or more|-1"),
     option("a limit below 0", "--data.valid_limit=-1", "data.valid_limit must be 0 or more|-1"),
-    option("a share above 1", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
+    option("a tempo for more than all", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
     option("a share of NaN", "--data.tempo_share .nan", "data.tempo_share must be between 0 and 1|nan"),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),
     option("a hop below 0", "--data.stride_seconds=-1", "data.stride_seconds must be positive|-1"),
