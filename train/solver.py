@@ -346,7 +346,7 @@ class Solver:
                     f"{self.folder}: holds a best.pt that is no run's and would be overwritten; choose another out"
                 )
             return 0
-        content = checkpoint.load(last)
+        content = checkpoint.load(last, checkpoint.KEYS)
         try:
             return self._restore(content)
         except (RunError, torch.OutOfMemoryError):
