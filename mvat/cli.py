@@ -183,8 +183,10 @@ def _window(text: str) -> float | str | None:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
+    from mvat.kernels import current_backend
     from mvat.models import PRESETS, Manner, count_flops, count_parameters
 
+    current_backend()  # refuses what MVAT_BACKEND may not be
     names = list(PRESETS) if arguments.preset is None else [arguments.preset]
     cost = f"GFLOPs on {arguments.seconds:g} s"
     lines = [f"{'preset':9} {'hidden':>6}  {'attention':9} {'parameters (M)':>14}  {cost}"]
@@ -330,8 +332,10 @@ def _refuse_clashes(jobs: Sequence[Job]) -> None:
 def _model(arguments: argparse.Namespace) -> "Manner":
     import torch
 
+    from mvat.kernels import current_backend
     from mvat.models import Manner
 
+    current_backend()  # refuses what MVAT_BACKEND may not be
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here (see `mvat doctor`)")
     if arguments.checkpoint is not None:

@@ -3,9 +3,10 @@
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Parser", "failed", "listed", "one_line"]
+__all__ = ["Parser", "failed", "listed", "named", "one_line"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +14,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def named(text: str) -> Path:
+    """The type of an argument that names a file or folder to write; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a name, got {text!r}")
+    return Path(text)
 
 
 def failed(program: str, error: BaseException | str, details: Iterable[str] = ()) -> int:

@@ -8,6 +8,7 @@ states).
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from mvat.files import replacing
 from mvat.models.pretrained import read_checkpoint
 
 FORMAT = "mvat-checkpoint-2"
+#: What last.pt holds.
+KEYS = (
+    *("model_config", "state_dict", "epoch", "step", "history", "config", "raw_state_dict", "moves", "optimizer"),
+    *("scheduler", "scaler", "progress", "running", "updates", "curves", "random"),
+)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -29,11 +35,14 @@ def save(path: Path, content: dict[str, Any]) -> None:
             raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that `save` wrote; ValueError names the file and the reason."""
+def load(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a checkpoint that `save` wrote and that holds these keys; ValueError names the file and the reason."""
     content = read_checkpoint(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint that a run can go on from (format {content.get('format')!r})")
+    for key in keys:
+        if key not in content:
+            raise ValueError(f"{path}: damaged: no {key!r}")
     return content
 
 

@@ -5,15 +5,19 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mvat import errors
 from mvat.audio import SAMPLE_RATE
+from mvat.kernels import current_backend
 from mvat.models import PRESETS, Manner
+from train import config as settings
 from train import manifest
 from train.config import ModelConfig, RunConfig, differences
 from train.data import FilePairs, Segments
@@ -30,17 +34,19 @@ def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
     Raises:
         ValueError: for a wrong key or value, in one line.
     """
-    values = parse_values(argv, description, lambda parser: parser.add_class_arguments(RunConfig))
-    return RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+    values = parse_values(argv, description, RunConfig, lambda parser: parser.add_class_arguments(RunConfig))
+    config = RunConfig(**{field.name: values[field.name] for field in dataclasses.fields(RunConfig)})
+    check_given(config)
+    return config
 
 
-def parse_values(argv: Sequence[str] | None, description: str, add_arguments: Callable[[Any], object]) -> Any:
-    """What `parse` does, for any arguments: `add_arguments` is called with jsonargparse's parser."""
+def parse_values(argv: Sequence[str] | None, description: str, of: type, add_arguments: Callable[[Any], object]) -> Any:
+    """What `parse` does, for any dataclass: `add_arguments` is called with jsonargparse's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     for file in _config_files(argv):
-        _check_yaml(file)
+        _check_yaml(file, of)
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     add_arguments(parser)
     try:
@@ -57,8 +63,22 @@ def _config_files(argv: Sequence[str] | None) -> list[str]:
     return files + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
 
 
-def _check_yaml(file: str) -> None:
-    """ValueError with the file's name unless it holds a YAML mapping; the parser's own words leave the name out."""
+def check_given(config: Any, prefix: str = "") -> None:
+    """ValueError naming the first key of a dataclass that is None and may not be, which the parser lets through."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if value is None and type(None) not in typing.get_args(hint):
+            expected = "a section" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", str(hint))
+            raise ValueError(f"{prefix}{name} must be {expected}, got None")
+        if dataclasses.is_dataclass(value):
+            check_given(value, f"{prefix}{name}.")
+
+
+def _check_yaml(file: str, of: type) -> None:
+    """ValueError with the file's name unless it holds YAML with mappings for the dataclass and its sections.
+
+    The parser's own words leave the name out, or are a traceback.
+    """
     import yaml
 
     try:
@@ -70,6 +90,20 @@ def _check_yaml(file: str) -> None:
         raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a configuration: expected keys and values, got {type(content).__name__}")
+    _check_sections(file, content, of)
+
+
+def _check_sections(file: str, content: Mapping[Any, Any], of: type, prefix: str = "") -> None:
+    for name, hint in typing.get_type_hints(of).items():
+        section = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        if section is None or typing.get_origin(hint) in (list, dict) or name not in content:
+            continue
+        value = content[name]
+        if isinstance(value, dict):
+            _check_sections(file, value, typing.cast(type, section), f"{prefix}{name}.")
+        elif not (value is None and type(None) in typing.get_args(hint)):
+            given = "nothing" if value is None else repr(value)
+            raise ValueError(f"{file}: {prefix}{name} must be a section of keys and values, got {given}")
 
 
 def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
@@ -79,7 +113,9 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
         0 when the run is finished, 2 with one line for what the user must mend, 128 + the signal (143 for SIGTERM, 130
         for SIGINT) when it was asked to stop.
     """
+    program = "train.teacher" if kind == "teacher" else "train.distill"
     try:
+        current_backend()
         config = parse(argv, description)
         if kind == "teacher" and config.transfer.method != "none":
             raise ValueError(
@@ -87,10 +123,7 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
             )
         run(config, kind)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        # A worker that reads ahead hands its error on with the whole traceback; the reason stands last.
-        reason = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
+        return failed(program, error)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop at the same place
             print(stop, file=sys.stderr)
@@ -101,8 +134,20 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
     return 0
 
 
+def failed(program: str, error: Exception) -> int:
+    """`mvat.errors.failed` for what training raises."""
+    # A worker that reads ahead hands its error on with the whole traceback; the reason stands last.
+    text = str(error).strip()
+    return errors.failed(program, text.splitlines()[-1] if text.startswith("Caught ") else error)
+
+
 def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    """Train as configured, "teacher" or "student"; returns the history."""
+    """Train as configured, "teacher" or "student"; returns the history.
+
+    Raises:
+        ValueError: for a key that cannot work, before anything is read or written, and whatever `Solver.fit` raises.
+    """
+    settings.check(config)
     config = dataclasses.replace(config, model=resolved(config.model))
     data = manifest.load(config.data.path)
     train, valid = split(data, config.data.valid_speakers, config.data.valid_limit)
@@ -145,17 +190,12 @@ def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry])
     Raises:
         ValueError: data.mix is missing or superfluous, or a setting cannot be used.
     """
-    settings, mix = config.data, config.data.mix
-    length = round(settings.segment_seconds * SAMPLE_RATE)
-    tempo, share = settings.tempo, settings.tempo_share
-    if settings.stride_seconds <= 0:
-        raise ValueError(f"data.stride_seconds must be positive, got {settings.stride_seconds}")
-    if not 0 < tempo[0] <= tempo[1]:
-        raise ValueError(f"data.tempo must be a positive range, lowest first, got {list(tempo)}")
+    mix, tempo, share = config.data.mix, config.data.tempo, config.data.tempo_share
+    length = round(config.data.segment_seconds * SAMPLE_RATE)
     if data.recordings is None:
         if mix is not None:
             raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")
-        stride = round(settings.stride_seconds * SAMPLE_RATE)
+        stride = round(config.data.stride_seconds * SAMPLE_RATE)
         return Segments(_file_pairs(train), length, stride, tempo, share, config.seed)
     if mix is None:
         raise ValueError(f"{data.path}: its speech and noise are to be mixed; give data.mix.examples")

@@ -6,9 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from mvat.audio import SAMPLE_RATE
 from mvat.losses import SHORTEST
 from mvat.metrics import METRICS
+
+#: What NumPy's generator can start from.
+SEEDS = range(2**32)
 
 
 @dataclass
@@ -177,11 +182,15 @@ def _plain(value: Any) -> Any:
 
 
 def check(config: RunConfig) -> None:
-    """Whatever in optim and valid would otherwise end a run late: ValueError names the key."""
+    """Whatever would otherwise end a run late, or in other words: ValueError names the key and what it holds."""
     optim, valid, data = config.optim, config.valid, config.data
+    _require(config.seed in SEEDS, "seed", f"between 0 and {SEEDS[-1]}", config.seed)
+    _require(bool(config.out.strip()), "out", "the name of a folder", repr(config.out))
     for name in ("epochs", "batch_size", "accumulate"):
         count = getattr(optim, name)
         _require(count >= 1, f"optim.{name}", "at least 1", count)
+    if optim.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError('optim.precision "fp16" needs a GPU; without one there is "bf16" or "no"')
     _require(0 < optim.lr < math.inf, "optim.lr", "positive", optim.lr)
     _require(optim.clip is None or 0 < optim.clip < math.inf, "optim.clip", "positive", optim.clip)
     _require(optim.ema is None or 0 <= optim.ema < 1, "optim.ema", "at least 0 and less than 1", optim.ema)
@@ -192,8 +201,16 @@ def check(config: RunConfig) -> None:
     _require(not unknown, "valid.metrics", f"some of {', '.join(METRICS)}", unknown)
     scored = valid.select == "loss" or valid.select in valid.metrics
     _require(scored, "valid.select", '"loss" or one of valid.metrics', repr(valid.select))
-    long = round(data.segment_seconds * SAMPLE_RATE) >= SHORTEST
-    _require(long, "data.segment_seconds", f"at least {SHORTEST / SAMPLE_RATE:.4f}", data.segment_seconds)
+    shortest, seconds = SHORTEST / SAMPLE_RATE, data.segment_seconds
+    long = math.isfinite(seconds) and round(seconds * SAMPLE_RATE) >= SHORTEST
+    _require(long, "data.segment_seconds", f"at least {shortest:.4f}", seconds)
+    hop = data.stride_seconds
+    _require(math.isfinite(hop) and round(hop * SAMPLE_RATE) >= 1, "data.stride_seconds", "positive", hop)
+    lowest, highest = data.tempo
+    _require(0 < lowest <= highest < math.inf, "data.tempo", "a positive range, lowest first", list(data.tempo))
+    _require(0 <= data.tempo_share <= 1, "data.tempo_share", "between 0 and 1", data.tempo_share)
+    _require(data.valid_limit >= 0, "data.valid_limit", "0 or more", data.valid_limit)
+    _require(data.workers >= 0, "data.workers", "0 or more", data.workers)
     _require(config.save_minutes >= 0, "save_minutes", "0 or more", config.save_minutes)
 
 

@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvat.errors import Parser, failed
+from mvat.errors import Parser, failed, named
+from mvat.kernels import current_backend
 from mvat.metrics import Scores
 from train import command
 from train.evaluate import evaluate
@@ -100,10 +101,11 @@ def demo(data: Path, out: Path, source: str | None = None) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 if the student raised SI-SDR, 1 if not, 2 with one line for what the user must mend."""
     parser = Parser(prog="python -m train.demo", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder for the data")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the runs and the report")
+    parser.add_argument("--data", type=named, default=Path("data/demo"), help="folder for the data")
+    parser.add_argument("--out", type=named, default=Path("runs/demo"), help="folder for the runs and the report")
     parser.add_argument("--source", choices=("voices", "synthetic"), help="default: voices, else synthetic")
     try:
+        current_backend()
         options = parser.parse_args(argv)
         return 0 if demo(options.data, options.out, options.source) else 1
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 import mvat
 from mvat import audio
+from mvat.errors import Parser, failed, named
+from mvat.kernels import current_backend
 from mvat.metrics import ALL, METRICS, Failure, Scores, score_files
 from mvat.models import Manner, count_flops, count_parameters
 from train import manifest
@@ -90,6 +92,7 @@ def evaluate(
     """
     out = Path(out)
     group = Group.here()
+    score_files([], metrics, workers or 0, progress=False)  # refuses both before anything is written
     if workers is None:
         workers = max(1, (os.cpu_count() or 1) // group.on_this_machine())
 
@@ -233,21 +236,33 @@ def _suffix(subset: str) -> str:
     return "" if subset == "test" else f"_{subset}"
 
 
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu, cuda or cuda:1, got {text!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"PyTorch finds {torch.cuda.device_count()} GPUs here, got {text!r}")
+    return device
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split(":")[0] + ".")
+    description = (__doc__ or "").split(":")[0] + "."
+    parser = Parser(prog="python -m train.evaluate", description=description, allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="data folder made by train.prepare, or its manifest")
-    parser.add_argument("--out", type=Path, required=True, help="run folder to write into, such as runs/demo/student")
+    parser.add_argument("--out", type=named, required=True, help="run folder to write into, such as runs/demo/student")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, help="model to enhance with, such as runs/demo/student/best.pt")
     what.add_argument("--noisy", action="store_true", help="score the noisy input itself")
     parser.add_argument("--set", choices=("test", "valid"), default="test", dest="subset")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS)
     parser.add_argument("--workers", type=int, help="scoring processes (default: one a CPU, shared by torchrun's)")
-    parser.add_argument("--device", help="where the model runs (default: a GPU where there is one)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--device", type=_device, help="where the model runs (default: a GPU where there is one)")
     main_process = Group.here().main
     try:
+        current_backend()
+        options = parser.parse_args(arguments)
         scores = evaluate(
             options.data,
             options.out,
@@ -259,9 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         noisy = noisy_rows(options.out, options.subset) if main_process else None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed("train.evaluate", error) if main_process else 2
     if main_process:
         print(table(scores, options.out.name, noisy))
     if not any(scores.count().values()):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvat.errors import Parser, failed
+from mvat.errors import Parser, failed, named
 from train.dns import SKIPPED, Folders, find_folders, prepare_dns
 from train.manifest import ManifestError, summary
 from train.mixing import TRAIN_SNRS
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     dns.set_defaults(run=_dns)
 
     for kind in (voicebank, voices, synthetic, dns):
-        kind.add_argument("--out", type=Path, required=True, help="folder to write")
+        kind.add_argument("--out", type=named, required=True, help="folder to write")
     for kind in (voices, synthetic):
         kind.add_argument("--train-minutes", type=float, default=12.0, help="training pairs (%(default)s)")
         kind.add_argument("--valid-minutes", type=float, default=1.0, help="validation pairs (%(default)s)")

@@ -47,8 +47,6 @@ class Stopped(KeyboardInterrupt):
 
 def start(optim: OptimConfig) -> Accelerator:
     """Device, precision and processes; several processes on a CPU too, which accelerate must be told."""
-    if optim.precision == "fp16" and not torch.cuda.is_available():
-        raise RunError('optim.precision "fp16" needs a GPU; without one there is "bf16" or "no"')
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accelerator = Accelerator(
         cpu=world > 1 and not torch.cuda.is_available(),

@@ -10,6 +10,7 @@ In README a table stands between `<!-- results: PATH -->` and `<!-- end -->`. A 
 
 import json
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from mvat import __version__
+from mvat.errors import failed
 from mvat.files import write_text
 from train import study_results, study_text
 from train.evaluate import read_record
@@ -114,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         match arguments:
-            case ["save", experiment, file]:
+            case ["-h" | "--help"]:
+                print(__doc__)
+            case ["save", experiment, file] if file.strip():
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
                 results = gather(Path(experiment))
                 is_study = results["format"] == study_results.FORMAT
@@ -129,11 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if new != text:
                     write_text(readme, new)
             case _:
-                print(__doc__, file=sys.stderr)
-                return 2
+                given = shlex.join(arguments) or "nothing"
+                raise ValueError(
+                    f"expected save FOLDER FILE, readme FILE or check FILE, got {given} "
+                    "(see `python -m train.results --help`)"
+                )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed("train.results", error)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, validation, curves, checkpoints; the same run folder goes on where it stopped."""
 
+import contextlib
 import json
 import math
 import time
@@ -8,15 +9,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from mvat.errors import one_line
 from mvat.files import write_text
 from mvat.losses import SHORTEST
 from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint, processes
 from train import config as settings
 from train.config import RunConfig, differences
-from train.curves import Curves
+from train.curves import NAME, Curves
 from train.data import Pairs, Segments
 from train.loading import Loader
 from train.mixtures import Mixtures
@@ -84,6 +87,7 @@ class Solver:
         self.progress, self.running = Progress(), Running()
         self.signals = processes.Signals()
         self.curves: Curves | None = None
+        self._made: list[Path] = []  # files and folders that this call made, each before the folder that it is in
         self._saved = time.perf_counter()
 
     @property
@@ -99,6 +103,8 @@ class Solver:
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last epoch and return the history; a finished run returns at once.
 
+        A new run that ends before its first step, as bad data may let it, leaves no trace.
+
         Raises:
             RunError: the run cannot go on; the same command goes on from the last checkpoint once the reason is gone.
             DivergedError: the run can never go on, since the loss is not finite any more.
@@ -110,11 +116,12 @@ class Solver:
         finally:
             if self.curves is not None:
                 self.curves.close()
+            for path in self._made if not self.progress.step else ():
+                with contextlib.suppress(OSError):  # a folder that holds something else by now
+                    path.rmdir() if path.is_dir() else path.unlink()
 
     def _fit(self) -> list[dict[str, Any]]:
-        last = self.folder / "last.pt"
-        content = checkpoint.load(last) if last.is_file() else None
-        length = 0 if content is None else self._resume(content)
+        length = self._resume()
         progress, epochs = self.progress, self.config.optim.epochs
         if progress.finished:
             if self.main:
@@ -312,9 +319,13 @@ class Solver:
 
     def _open_folder(self, length: int) -> None:
         """Make the run's folder, or take hold of the one that is there."""
+        curves = self.folder / "tensorboard"
+        paths = (self.folder / "config.yaml", curves / NAME, curves, self.folder, *self.folder.parents)
+        self._made = [path for path in paths if not path.exists()]
         try:
-            self.curves = Curves(self.folder / "tensorboard", length)
+            self.curves = Curves(curves, length)
         except BlockingIOError:
+            self._made = []
             raise RunError(f"{self.folder}: another process is training into it") from None
         for part in self.folder.glob(".*.part.*"):  # of a process that was killed while it wrote
             part.unlink()
@@ -326,7 +337,24 @@ class Solver:
 
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
 
-    def _resume(self, content: dict[str, Any]) -> int:
+    def _resume(self) -> int:
+        """Take up the run that the folder holds, if any; the length of its curves' file."""
+        last = self.folder / "last.pt"
+        if not last.is_file():
+            if (self.folder / "best.pt").is_file() and not (self.folder / "config.yaml").is_file():
+                raise RunError(
+                    f"{self.folder}: holds a best.pt that is no run's and would be overwritten; choose another out"
+                )
+            return 0
+        content = checkpoint.load(last, checkpoint.KEYS)
+        try:
+            return self._restore(content)
+        except (RunError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{last}: damaged: {one_line(error)}") from error
+
+    def _restore(self, content: dict[str, Any]) -> int:
         changed = differences(content["config"], self.config.as_dict(), ignore=FREE_KEYS)
         if changed:
             raise RunError(

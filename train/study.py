@@ -54,21 +54,20 @@ def study(config: "StudyConfig") -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the study is finished, 2 with one line for what the user must mend."""
     # Here, not above: the scoring processes import this module again.
-    from train import study_config, study_text
+    from mvat.kernels import current_backend
+    from train import command, study_config, study_text
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
     try:
+        current_backend()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a study runs in one process; torchrun is for train.teacher and train.distill")
         config = study_config.parse(arguments, (__doc__ or "").splitlines()[0])
         record = study(config)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        # A worker that reads ahead hands its error on with the whole traceback; the reason stands last.
-        reason = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
+        return command.failed("train.study", error)
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)

@@ -14,6 +14,7 @@ import torch
 from mvat.metrics import METRICS
 from mvat.models import PRESETS, Manner
 from train import command
+from train import config as settings
 from train.config import ModelConfig, RunConfig, TransferConfig
 from train.transfer import Transfer
 
@@ -124,10 +125,12 @@ def parse(argv: Sequence[str] | None, description: str) -> StudyConfig:
         parser.add_class_arguments(StudyConfig, skip={"run"})
         parser.add_class_arguments(RunConfig, "run", skip=set(_SET), instantiate=False)
 
-    values = command.parse_values(argv, description, add_arguments)
+    values = command.parse_values(argv, description, StudyConfig, add_arguments)
     run = RunConfig(out="", model=ModelConfig(), **vars(values.run))
     own = {item.name: values[item.name] for item in dataclasses.fields(StudyConfig) if item.name != "run"}
-    return checked(StudyConfig(**own, run=run))
+    config = StudyConfig(**own, run=run)
+    command.check_given(config)
+    return checked(config)
 
 
 def checked(config: StudyConfig) -> StudyConfig:
@@ -137,6 +140,12 @@ def checked(config: StudyConfig) -> StudyConfig:
         ValueError: naming the key that is wrong, before anything is trained.
     """
     teacher, methods = config.teacher, config.methods
+    if not config.out.strip():
+        raise ValueError(f"out must be the name of a folder, got {config.out!r}")
+    try:
+        settings.check(dataclasses.replace(config.run, out=config.out))
+    except ValueError as error:
+        raise ValueError(f"run.{error}") from None
     _check_seeds("seeds", config.seeds)
     _check_seeds("trials.seeds", config.trials.seeds)
     if config.trials.epochs < 1:
@@ -185,8 +194,10 @@ def model_name(model: ModelConfig) -> str:
 
 
 def _check_seeds(key: str, seeds: Sequence[int]) -> None:
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ValueError(f"{key} must be one or more different numbers from 0 on, got {list(seeds)}")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(seed in settings.SEEDS for seed in seeds):
+        raise ValueError(
+            f"{key} must be one or more different numbers from 0 to {settings.SEEDS[-1]}, got {list(seeds)}"
+        )
 
 
 def _resolved(key: str, model: ModelConfig) -> ModelConfig:

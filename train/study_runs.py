@@ -188,6 +188,9 @@ class Runner:
             ValueError: the data set, or the folder, cannot be used.
             ModuleNotFoundError: a metric needs a package that is not installed.
         """
+        for path in (self.plan.out, *self.plan.out.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path}: is a file; choose another out")
         score_files([], self.config.metrics, workers=0, progress=False)
         data = manifest.load(self.config.run.data.path)
         if not data.split("test"):

@@ -27,7 +27,8 @@ def _checked(mode: str, origin: str) -> str:
 
 
 # A plain module variable, not a ContextVar: torch.compile guards on it and recompiles when it changes.
-_mode = _checked(os.environ.get("MVAT_BACKEND", "auto"), "the environment variable MVAT_BACKEND")
+# What the environment says is checked where it is first asked for, so that a command can refuse it in one line.
+_mode = os.environ.get("MVAT_BACKEND", "auto")
 
 
 class use_backend:
@@ -58,8 +59,8 @@ class use_backend:
 
 
 def current_backend() -> str:
-    """The mode in force: "auto", "fused" or "eager"."""
-    return _mode
+    """The mode in force: "auto", "fused" or "eager"; ValueError where MVAT_BACKEND holds another word."""
+    return _checked(_mode, "the environment variable MVAT_BACKEND")
 
 
 def register(op: str, supports: Callable[[str, torch.dtype], str | None]) -> None:
@@ -77,7 +78,7 @@ def use_fused(op: str, x: torch.Tensor, limit: str | None = None) -> bool:
 
     limit: the op's own reason against this call (its sizes, say), where the registered function has none.
     """
-    if _mode == "eager" or x.device.type == "meta":
+    if current_backend() == "eager" or x.device.type == "meta":
         return False
     reason = _supports[op](x.device.type, x.dtype) or limit
     if reason is None and _is_transformed():

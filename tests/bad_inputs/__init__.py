@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,16 +29,8 @@ from tests.bad_inputs import scene
 PROGRAMS = {
     "mvat": ("mvat.cli", "mvat: error: "),
     **{
-        f"python -m train.{name}": (f"train.{name}", f"{start}error: ")
-        for name, start in (
-            ("prepare", "train.prepare: "),
-            ("demo", "train.demo: "),
-            ("teacher", ""),
-            ("distill", ""),
-            ("evaluate", ""),
-            ("report", ""),
-            ("results", ""),
-        )
+        f"python -m train.{name}": (f"train.{name}", f"train.{name}: error: ")
+        for name in ("prepare", "demo", "teacher", "distill", "study", "evaluate", "report", "results")
     },
 }
 
@@ -57,6 +50,7 @@ class Case(NamedTuple):
         error: The exit status, or the type of the exception.
         new: Files that are written nevertheless: those of the good inputs.
         unprivileged: Whether permissions count, which they do not for root.
+        without_gpu: Whether it is wrong only where there is no GPU.
     """
 
     given: str
@@ -66,6 +60,7 @@ class Case(NamedTuple):
     error: int | type[Exception] = 2
     new: tuple[str, ...] = ()
     unprivileged: bool = False
+    without_gpu: bool = False
 
     @property
     def program(self) -> str | None:
@@ -109,6 +104,7 @@ class Bench:
                 contextlib.redirect_stderr(err),
                 warnings.catch_warnings(),
                 _unprivileged() if case.unprivileged else contextlib.nullcontext(),
+                mock.patch("torch.cuda.is_available", lambda: False) if case.without_gpu else contextlib.nullcontext(),
             ):
                 warnings.simplefilter("ignore")
                 error, message = _called(case.run) if case.program is None else _commanded(case)
@@ -245,7 +241,7 @@ def problems(case: Case, outcome: Outcome) -> list[str]:
 
 def groups() -> dict[str, tuple[Case, ...]]:
     """All cases by what they are about."""
-    modules = ("files", "weights", "commands", "configurations", "preparation", "scores", "calls")
+    modules = ("files", "weights", "commands", "configurations", "preparation", "scores", "studies", "calls")
     found: dict[str, tuple[Case, ...]] = {}
     for module in modules:
         found |= importlib.import_module(f"tests.bad_inputs.{module}").GROUPS

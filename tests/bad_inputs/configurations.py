@@ -9,6 +9,7 @@ import torch
 
 import mvat
 from tests.bad_inputs import Case, all_of, folders, nothing, removed, replaced, written
+from tests.bad_inputs.scene import tone
 from train import checkpoint
 
 TEACHER = "python -m train.teacher --config"
@@ -35,6 +36,11 @@ def more(given: str, lines: str, words: str) -> Case:
     return Case(given, f"{TEACHER} base.yaml --config bad.yaml", f"bad.yaml|{words}", written(lines, "bad.yaml"))
 
 
+def less(given: str, lines: str, words: str) -> Case:
+    """What `more` does, where the key alone is named: by then all files are one configuration."""
+    return Case(given, f"{TEACHER} base.yaml --config bad.yaml", words, written(lines, "bad.yaml"))
+
+
 FILES = (
     Case("a file that is not there", f"{TEACHER} gone.yaml", "gone.yaml: No such file"),
     Case("a folder", f"{TEACHER} data", "data: Is a directory"),
@@ -43,6 +49,12 @@ FILES = (
     Case("an empty name", f"{TEACHER} ''", "No such file"),
     Case("no file after --config", f"{TEACHER}", "--config|expected one argument"),
     Case("no options at all", "python -m train.teacher --seed 1", "out|required"),
+    Case(
+        "a file that names itself",
+        f"{TEACHER} bad.yaml",
+        "bad.yaml|loop",
+        written("out: run\nconfig: bad.yaml\n", "bad.yaml"),
+    ),
     yaml("an empty file", "", "expected keys and values, got NoneType"),
     yaml("a comment alone", "# nothing\n", "expected keys and values, got NoneType"),
     yaml("a text", "hello world\n", "expected keys and values, got str"),
@@ -57,7 +69,15 @@ FILES = (
     yaml("code", "out: !!python/object/apply:os.system [touch was_run]\n", "not valid YAML|python/object"),
     more("an unknown key", "colour: red\n", "colour"),
     more("an unknown key of a section", "optim: {momentum: 0.9}\n", "momentum"),
-    more("a list as a section", "data: [data]\n", "data"),
+    more("a list as a section", "data: [data]\n", "data must be a section of keys and values|['data']"),
+    more("a section as a number", "optim: 3\n", "optim must be a section of keys and values|3"),
+    more("a section as a text", "valid: all\n", "valid must be a section of keys and values|'all'"),
+    more("a section of nothing", "model:\n", "model must be a section of keys and values|nothing"),
+    more("a section in a section as a list", "data: {mix: [1]}\n", "data.mix must be a section of keys and values|[1]"),
+    more("nothing as a range's bound", "data: {tempo: [0.9, null]}\n", "data.tempo|None"),
+    less("nothing as a number", "optim: {batch_size: null}\n", "optim.batch_size must be int|None"),
+    less("nothing as a text", "label: null\n", "label must be str|None"),
+    less("nothing as arguments", "model: {arguments: null}\n", "model.arguments must be dict|None"),
     more("a text as a number", "optim: {lr: fast}\n", "lr|fast"),
     more("a fraction as a count", "optim: {epochs: 1.5}\n", "epochs|1.5"),
     more("a list as a number", "seed: [1]\n", "seed"),
@@ -69,7 +89,12 @@ FILES = (
 
 VALUES = (
     option("an unknown option", "--optim.momentum 0.9", "optim.momentum"),
+    option("an option cut short", "--optim.epoch 3", "optim.epoch"),
+    option("a number as a section", "--optim 3", "optim|3"),
     option("a word too many", "more", "more"),
+    option("no output", "--out ''", "out must be the name of a folder|''"),
+    option("a seed below 0", "--seed=-1", "seed must be between 0 and 4294967295|-1"),
+    option("a seed beyond 32 bits", "--seed 4294967296", "seed must be between 0 and 4294967295|4294967296"),
     option("no epochs", "--optim.epochs 0", "optim.epochs must be at least 1|0"),
     option("epochs below 0", "--optim.epochs=-3", "optim.epochs must be at least 1|-3"),
     option("epochs in words", "--optim.epochs many", "optim.epochs|many"),
@@ -81,7 +106,21 @@ VALUES = (
     option("a learning rate of NaN", "--optim.lr .nan", "optim.lr must be positive|nan"),
     option("an infinite learning rate", "--optim.lr .inf", "optim.lr must be positive|inf"),
     option("a learning rate in words", "--optim.lr fast", "optim.lr|fast"),
+    option("a gradient cut to 0", "--optim.clip 0", "optim.clip must be positive|0.0"),
+    option("an average that never moves", "--optim.ema 1", "optim.ema must be at least 0 and less than 1|1.0"),
+    option("an average below 0", "--optim.ema=-0.1", "optim.ema must be at least 0 and less than 1|-0.1"),
+    option("compiling in words", "--optim.compile maybe", "optim.compile|maybe"),
+    option("no patience", "--valid.patience 0", "valid.patience must be at least 1|0"),
+    option("samples below 0", "--valid.samples=-1", "valid.samples must be 0 or more|-1"),
+    option("minutes below 0", "--save_minutes=-1", "save_minutes must be 0 or more|-1.0"),
+    option("minutes of NaN", "--save_minutes .nan", "save_minutes must be 0 or more|nan"),
     option("an unknown precision", "--optim.precision int8", "optim.precision|int8"),
+    Case(
+        "half precision without a GPU",
+        f"{TEACHER} base.yaml --optim.precision fp16",
+        'optim.precision "fp16" needs a GPU',
+        without_gpu=True,
+    ),
     option("no validation", "--valid.every 0", "valid.every must be at least 1|0"),
     option("an unknown metric", '--valid.metrics "[mos]"', "valid.metrics must be some of|mos"),
     option("a choice outside the metrics", "--valid.select stoi", "valid.select|'stoi'"),
@@ -89,6 +128,14 @@ VALUES = (
     option(
         "segments too short for the loss", "--data.segment_seconds 0.05", "data.segment_seconds must be at least 0.06"
     ),
+    option("segments of nothing", "--data.segment_seconds 0", "data.segment_seconds must be at least 0.0641|0"),
+    option("segments below 0", "--data.segment_seconds=-4", "data.segment_seconds must be at least 0.0641|-4"),
+    option("segments of NaN", "--data.segment_seconds .nan", "data.segment_seconds must be at least 0.0641|nan"),
+    option("endless segments", "--data.segment_seconds .inf", "data.segment_seconds must be at least 0.0641|inf"),
+    option("workers below 0", "--data.workers=-1", "data.workers must be 0 or more|-1"),
+    option("a limit below 0", "--data.valid_limit=-1", "data.valid_limit must be 0 or more|-1"),
+    option("a tempo for more than all", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
+    option("a share of NaN", "--data.tempo_share .nan", "data.tempo_share must be between 0 and 1|nan"),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),
     option("a hop below 0", "--data.stride_seconds=-1", "data.stride_seconds must be positive|-1"),
     option("a tempo from high to low", '--data.tempo "[1.1, 0.9]"', "data.tempo must be a positive range|[1.1, 0.9]"),
@@ -209,6 +256,12 @@ def twice(content: dict[str, Any]) -> None:
     content["train"].append(content["train"][0])
 
 
+def noisy(channels: int = 1, rate: int = 16000, frames: int = 4800) -> Callable[[Path], object]:
+    """A maker: other noisy recordings to train on."""
+    return lambda folder: [tone(folder / name, frames, rate, channels) for name in NOISY]
+
+
+NOISY = tuple(f"data/train/noisy/{name}.wav" for name in ("a_1", "a_2", "b_1"))
 MIXED = "--data.path mixed --data.mix.examples 4"
 
 DATA = (
@@ -259,6 +312,17 @@ DATA = (
         "c_1 is too short to validate on",
         manifest(lambda m: m["valid"][0].update(frames=100)),
     ),
+    data("texts as recordings", "data/train/noisy/a_1.wav: no readable audio", written("text\n", *NOISY)),
+    data("stereo recordings", "data/train/noisy/a_1.wav: expected 16000 Hz mono|2 channels", noisy(channels=2)),
+    data("recordings at 8 kHz", "data/train/noisy/a_1.wav: expected 16000 Hz mono|got 8000 Hz", noisy(rate=8000)),
+    data("recordings shorter than listed", "data/train/noisy/a_1.wav|the file has 100", noisy(frames=100)),
+    data(
+        "texts as recordings, a folder in folders",
+        "data/train/noisy/a_1.wav: no readable audio",
+        written("text\n", *NOISY),
+        "--out new/deep/run",
+    ),
+    data("all speech gone", "mixed/clean/a.wav: no such file", removed("mixed/clean"), MIXED),
     data("no list of recordings", "recordings.csv is missing", removed("mixed/recordings.csv"), MIXED),
     data(
         "a list as name of the list",
@@ -296,8 +360,23 @@ DATA = (
 
 def other_run(folder: Path) -> None:
     """A run's folder whose configuration is not this one's."""
+    last(config={"seed": 2}, updates=9)(folder)
+
+
+def last(**content: Any) -> Callable[[Path], object]:
+    """A maker: a run's folder with a checkpoint of which this alone is not None."""
+
+    def make(folder: Path) -> None:
+        (folder / "run").mkdir()
+        checkpoint.save(folder / "run/last.pt", dict.fromkeys(checkpoint.KEYS) | content)
+
+    return make
+
+
+def without_keys(folder: Path) -> None:
+    """A run's folder with a checkpoint of the right format that holds nothing."""
     (folder / "run").mkdir()
-    checkpoint.save(folder / "run/last.pt", {"config": {"seed": 2}, "updates": 9})
+    torch.save({"format": checkpoint.FORMAT}, folder / "run/last.pt")
 
 
 RUNS = (
@@ -313,6 +392,14 @@ RUNS = (
             (folder / "run").mkdir(),
             (folder / "run/last.pt").write_bytes((folder / "best.pt").read_bytes()),
         ],
+    ),
+    data("a folder with a checkpoint of nothing", "run/last.pt: damaged: no 'model_config'", without_keys),
+    data("a folder with a checkpoint without values", "run/last.pt: damaged", last()),
+    data(
+        "the folder of a model that is no run's",
+        ".: holds a best.pt that is no run's and would be overwritten; choose another out",
+        nothing,
+        "--out .",
     ),
     data(
         "a folder with another run",

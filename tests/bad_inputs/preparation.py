@@ -113,7 +113,7 @@ PAIRS = (
 
 GENERATED = (
     Case("no output", SYNTHETIC, "--out"),
-    Case("an empty name", f"{SYNTHETIC} --out ''", "is not empty and was not made by train.prepare"),
+    Case("an empty name", f"{SYNTHETIC} --out ''", "--out|expected a name|''"),
     Case("minutes below 0", f"{SYNTHETIC} --out out --train-minutes=-1", "minutes of train|0 or more|-1"),
     Case("minutes of NaN", f"{SYNTHETIC} --out out --valid-minutes nan", "minutes of valid|0 or more|nan"),
     Case("infinite minutes", f"{SYNTHETIC} --out out --test-minutes inf", "minutes of test|0 or more|inf"),

@@ -48,6 +48,21 @@ GROUPS = {
         Case("a model that is not there", f"{MODEL} gone.pt", "gone.pt does not exist"),
         Case("a text as model", f"{MODEL} precious.txt", "precious.txt: not a readable checkpoint"),
         Case("a data folder as model", f"{MODEL} data", "data/config.json does not exist"),
+        Case("no model", "python -m train.evaluate --data data --out o", "--checkpoint --noisy|required"),
+        Case("an unknown option", f"{NOISY} --colour red", "--colour"),
+        Case("an option cut short", f"{NOISY} --metric si_sdr", "--metric"),
+        Case(
+            "an unknown metric", "python -m train.evaluate --data data --noisy --out o --metrics mos", "--metrics|'mos'"
+        ),
+        Case("an unknown set", f"{NOISY} --set train", "--set|'train'"),
+        Case("workers below 0", "python -m train.evaluate --data data --noisy --out o --workers=-1", "workers|-1"),
+        Case("workers in words", f"{NOISY} --workers many", "--workers|'many'"),
+        Case("an unknown device", f"{MODEL} best.pt --device tpu", "--device|cuda:1|'tpu'"),
+        Case("a device that is not there", f"{MODEL} best.pt --device cuda:99", "--device|'cuda:99'"),
+        Case("no output", "python -m train.evaluate --data data --noisy --out ''", "--out|expected a name|''"),
+        Case(
+            "a file as output", "python -m train.evaluate --data data --noisy --out precious.txt", "precious.txt: File"
+        ),
     ),
     "Reports": (
         Case("a folder that is not there", f"{REPORT} gone", "gone: no such folder"),
@@ -78,6 +93,18 @@ GROUPS = {
         shown("a mean in words", f"{SCORES}: malformed|high", scores(lambda s: s["mean"].update(si_sdr="high"))),
         shown("files as a list", f"{SCORES}: malformed", scores(lambda s: s.update(files=[1]))),
         shown("failures as a number", f"{SCORES}: malformed", scores(lambda s: s.update(failed=3))),
+        Case("no experiment", REPORT + " --out x.html", "FOLDER|required"),
+        Case("an unknown baseline", f"{REPORT} runs --baseline nobody", "no run is called 'nobody'|student"),
+        Case("no page", f"{REPORT} runs --out ''", "--out|expected a name|''"),
+        Case("a folder as page", f"{REPORT} runs --out data", "data: Is a directory"),
+        Case("a page in a folder that is not there", f"{REPORT} runs --out gone/x.html", "gone/x.html: No such file"),
+        Case("an unknown verb", "python -m train.results shout", "save FOLDER FILE, readme FILE|shout"),
+        Case(
+            "a verb without its files", "python -m train.results save runs", "save FOLDER FILE, readme FILE|save runs"
+        ),
+        Case("no file to save in", f"{SAVE} runs ''", "save FOLDER FILE, readme FILE|save runs ''"),
+        Case("a folder to save in", f"{SAVE} runs data", "data: Is a directory"),
+        Case("below a file, to save", f"{SAVE} runs precious.txt/out.json", "precious.txt: File exists"),
         Case("a folder that is not there, to save", f"{SAVE} gone out.json", "gone: no such folder"),
         Case("no run, to save", f"{SAVE} e out.json", "e: holds no run", folders("e")),
         Case(

@@ -172,7 +172,7 @@ def test_what_the_user_must_mend(data, checkpoint, capsys, break_it, message):
     options = ["--data", str(data.path), "--checkpoint", str(checkpoint), "--out", str(checkpoint.parent)]
     assert main([*options, "--metrics", "si_sdr", "--workers", "0"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error.splitlines()[0]
+    assert error.startswith("train.evaluate: error: ") and message in error.splitlines()[0]
     assert not (checkpoint.parent / "scores.json").exists()
 
 
@@ -229,7 +229,7 @@ def test_two_processes_share_the_set(data, checkpoint, tmp_path):
     finally:
         for process in started:
             process.kill()
-    assert errors.startswith("error: process 1 of 2: ") and "best.ptx" in errors, errors
+    assert errors.startswith("train.evaluate: error: process 1 of 2: ") and "best.ptx" in errors, errors
     assert printed.splitlines()[1].split()[:2] == ["shared", "2"] and printed.splitlines()[-1] == "2", printed
     assert other == "1\n2\n" and silence == "", silence
     found = json.loads((out / "scores.json").read_text())

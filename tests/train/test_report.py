@@ -408,7 +408,7 @@ def test_malformed_file_is_one_clear_error(experiment, capsys, name, text, messa
     path.write_text(text)
     assert main([str(experiment)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {path}") and message in line
+    assert line.startswith(f"train.report: error: {path}") and message in line
     assert (experiment / "report.html").read_text() == "the former report"
 
 

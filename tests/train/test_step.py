@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from mvat.kernels import use_backend
 from mvat.models import Manner
 from train import processes
-from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig
+from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig, check
 from train.step import Average, Delayed, Statistics, Step
 from train.transfer import Transfer
 
@@ -168,8 +168,8 @@ def test_bfloat16_trains_on_a_cpu_too(backend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float16_without_a_gpu_is_refused():
-    with pytest.raises(processes.RunError, match='optim.precision "fp16" needs a GPU'):
-        make(precision="fp16")
+    with pytest.raises(ValueError, match='optim.precision "fp16" needs a GPU'):
+        check(RunConfig("run", ModelConfig(), DataConfig("data"), OptimConfig(precision="fp16")))
 
 
 def test_a_scaled_loss_moves_as_a_plain_one_and_its_scale_falls_where_nothing_moves():

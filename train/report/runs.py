@@ -229,7 +229,11 @@ def _series(epochs: Sequence[dict[str, Any]]) -> dict[str, tuple[list[float], li
     for epoch in epochs:
         values = {name: value for name, value in epoch.items() if not isinstance(value, dict) and name != "epoch"}
         for part in ("train", "valid"):
-            values |= {f"{part} {name}": value for name, value in (epoch.get(part) or {}).items()}
+            losses = epoch.get(part) or {}
+            words = ", ".join(f"{part} {name}: {value!r}" for name, value in losses.items() if isinstance(value, str))
+            if words:
+                raise ValueError(f"expected a number, got {words}")
+            values |= {f"{part} {name}": value for name, value in losses.items()}
         for name, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 x, y = series.setdefault(name, ([], []))
