@@ -27,7 +27,7 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@echo '$(BIN)/python -m benchmarks --quick'; $(BIN)/python -m benchmarks --quick >/dev/null
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 # In 40 minutes: no case begins after 38. The results become files; the pages and README's tables follow them, also where a
 # row made the run fail.

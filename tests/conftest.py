@@ -27,7 +27,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: needs a GPU; skipped where there is none")
-    torch.set_num_threads(2)
+    # Beside another process of tests, `pytest -n 2`, one thread each.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
