@@ -64,7 +64,9 @@ def test_the_presets_kernels_hardly_spill() -> None:
 
 
 #: Operators that no GPU has a kernel for.
-CPU_ALONE = ("conv_act", "conformer_block", "multi_view_merge", "fingerprint")
+CPU_ALONE = ("conv_act", "conformer_block", "multi_view_merge", "fingerprint") + tuple(
+    f"local_pool{part}" for part in ("", "_statistics", "_sums", "_backward")
+)
 
 
 def test_all_operators_register_for_cuda(compiled: tuple[Path, compile_report.Usage]) -> None:

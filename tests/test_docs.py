@@ -23,6 +23,7 @@ from mvat import audio, losses
 from mvat.cli import _parser
 from mvat.models import Manner
 from mvat.models import blocks as blocks_module
+from train import study_config
 from train.command import parse
 
 REPO = Path(__file__).resolve().parents[1]
@@ -150,7 +151,9 @@ def check_module(module: str, arguments: list[str], where: str) -> None:
     if found.submodule_search_locations:
         found = importlib.util.find_spec(f"{module}.__main__")
     source = Path(found.origin).read_text(encoding="utf-8")
-    if "train import command" in source:  # typed options, see train/config.py
+    if module == "train.study":
+        study_config.parse(["--config", *(str(REPO / word) for word in arguments)], "")
+    elif "train import command" in source:  # typed options, see train/config.py
         parse([str(REPO / word) if word.endswith(".yaml") else word for word in arguments], "")
     else:
         options = [word for word in arguments if word.startswith("--")]
