@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from mvat import __version__
-from mvat.errors import Parser, failed, listed, one_line
+from mvat.errors import Parser, failed, interrupted, listed, one_line
 from mvat.files import making
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("mvat: interrupted", file=sys.stderr)
-        return 130
+        return interrupted("mvat")
     except (ValueError, OSError, ImportError) as error:
         return failed("mvat", error)
 

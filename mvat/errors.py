@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Parser", "failed", "listed", "named", "one_line"]
+__all__ = ["Parser", "failed", "interrupted", "listed", "named", "one_line"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +28,12 @@ def failed(program: str, error: BaseException | str, details: Iterable[str] = ()
     text = error if isinstance(error, str) else one_line(error)
     print(listed(f"{program}: error: {text}", details), file=sys.stderr)
     return 2
+
+
+def interrupted(program: str) -> int:
+    """Print that Ctrl-C ended the program; gives the exit status."""
+    print(f"{program}: interrupted", file=sys.stderr)
+    return 130
 
 
 def listed(title: str, details: Iterable[str]) -> str:

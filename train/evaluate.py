@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import mvat
 from mvat import audio
-from mvat.errors import Parser, failed, named
+from mvat.errors import Parser, failed, interrupted, named
 from mvat.kernels import current_backend
 from mvat.metrics import ALL, METRICS, Failure, Scores, score_files
 from mvat.models import Manner, count_flops, count_parameters
@@ -91,6 +91,11 @@ def evaluate(
         RuntimeError: Another process failed.
     """
     out = Path(out)
+    place = out.resolve()
+    if checkpoint is not None and (out / "best.pt").is_file() and place not in Path(checkpoint).resolve().parents:
+        raise ValueError(
+            f"{out}: holds another model than {checkpoint}, whose scores would be replaced; choose another out"
+        )
     group = Group.here()
     score_files([], metrics, workers or 0, progress=False)  # refuses both before anything is written
     if workers is None:
@@ -275,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         noisy = noisy_rows(options.out, options.subset) if main_process else None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         return failed("train.evaluate", error) if main_process else 2
+    except KeyboardInterrupt:
+        return interrupted("train.evaluate") if main_process else 130
     if main_process:
         print(table(scores, options.out.name, noisy))
     if not any(scores.count().values()):

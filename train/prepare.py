@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvat.errors import Parser, failed, named
+from mvat.errors import Parser, failed, interrupted, named
 from train.dns import SKIPPED, Folders, find_folders, prepare_dns
 from train.manifest import ManifestError, summary
 from train.mixing import TRAIN_SNRS
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return failed("train.prepare", title, details)
     except (ValueError, OSError, SourceUnavailable, ModuleNotFoundError) as error:
         return failed("train.prepare", error)
+    except KeyboardInterrupt:
+        return interrupted("train.prepare")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -123,6 +123,15 @@ def test_model_that_gives_nan_fails_file_by_file(data, checkpoint):
     assert not any((checkpoint.parent / "enhanced").iterdir())
 
 
+def test_scores_of_another_model_are_not_replaced(data, checkpoint, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "best.pt").write_bytes(checkpoint.read_bytes())
+    with pytest.raises(ValueError, match="other: holds another model"):
+        run(data, other, checkpoint)
+    assert [path.name for path in other.iterdir()] == ["best.pt"]
+
+
 def test_gain_is_taken_over_recordings_scored_in_both(data, checkpoint):
     out = checkpoint.parent
     run(data, out.parent / "noisy")

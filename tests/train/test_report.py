@@ -224,6 +224,13 @@ def test_words_are_honest(tmp_path, values, claim):
     assert "“student, none” lowers the SI-SDR of the noisy input by 1.00 dB" in lead(collect(tmp_path))
 
 
+def test_two_runs_of_one_seed_are_two_systems(tmp_path):
+    for name in ("first", "second"):
+        write_history(tmp_path / name, description("student", seed=0, label="student"))
+    assert [system.label for system in collect(tmp_path)] == ["first: student", "second: student"]
+    assert [len(system.runs) for system in collect(tmp_path)] == [1, 1]
+
+
 def test_seeds_are_grouped_by_label_too(tmp_path):
     for seed in (0, 1):
         write_history(tmp_path / f"student_seed{seed}", description("student", seed=seed, label=f"student_seed{seed}"))

@@ -139,6 +139,9 @@ def collect(*folders: Path) -> list[System]:
             key = ("noisy", run.scores["set"], run.scores["data"])
             if key in systems:
                 continue
+        # Two runs of one seed are two systems, whatever they are called: they differ in something else.
+        while run.seed in [other.seed for other in systems.get(key, System([])).runs]:
+            key = (*key, run.seed)
         systems.setdefault(key, System([])).runs.append(run)
     named = list(systems.values())
     _name(named)
@@ -162,12 +165,14 @@ def _name(systems: Sequence[System]) -> None:
         label = system.first.label
         system.label = _without_seed(label) if len(system.runs) > 1 else label
     counts = Counter(system.label for system in systems)
-    folders = {_experiment(system.first) for system in systems}
-    common = Path(os.path.commonpath(folders))
+    here = Counter((_experiment(system.first), system.label) for system in systems)
+    common = Path(os.path.commonpath({_experiment(system.first) for system in systems}))
     for system in systems:
         if counts[system.label] > 1:
-            where = _experiment(system.first).relative_to(common)
-            system.label = f"{where}: {system.label}" if where.parts else f"{system.first.folder.name}: {system.label}"
+            experiment = _experiment(system.first)
+            alike = experiment == common or here[experiment, system.label] > 1
+            where = experiment / system.first.folder.name if alike else experiment
+            system.label = f"{where.relative_to(common)}: {system.label}"
 
 
 def _colour(systems: Sequence[System]) -> None:
