@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import os
 import random
+import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -124,14 +125,19 @@ def main(argv: Sequence[str] | None, description: str, kind: str) -> int:
         run(config, kind)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return failed(program, error)
-    except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a run stop at the same place
-            print(stop, file=sys.stderr)
-        return 128 + stop.signal
-    except KeyboardInterrupt:  # before there was anything to save, or a second time
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
     return 0
+
+
+def stopped(stop: KeyboardInterrupt) -> int:
+    """Print where training was stopped; gives the exit status, 128 + the signal."""
+    if not isinstance(stop, Stopped):  # before there was anything to save, or a second time
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if os.environ.get("RANK", "0") == "0":  # all processes of a run stop at the same place
+        print(stop, file=sys.stderr)
+    return 128 + stop.signal
 
 
 def failed(program: str, error: Exception) -> int:

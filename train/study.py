@@ -12,7 +12,6 @@ too (--run.optim.epochs 20); --help lists them.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         return command.failed("train.study", error)
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 128 + getattr(stop, "signal", signal.SIGINT)
+        return command.stopped(stop)
     print("\n" + study_text.summary(record))
     print(f"{config.out}: study.md, study.json and figures; python -m train.report {config.out} shows the runs")
     return 0
