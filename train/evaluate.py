@@ -86,13 +86,13 @@ def evaluate(
         (see `train.shares`) each does its share, the main one writes, and all return the scores of the whole set.
 
     Raises:
-        ValueError: The manifest, checkpoint or history cannot be used, or the set is empty.
+        ValueError: The manifest, checkpoint or history cannot be used, the set is empty, or `out` holds another model.
         OSError: The folder cannot be written.
         RuntimeError: Another process failed.
     """
     out = Path(out)
-    place = out.resolve()
-    if checkpoint is not None and (out / "best.pt").is_file() and place not in Path(checkpoint).resolve().parents:
+    # The checkpoint's folder, not where a link of its name leads.
+    if checkpoint is not None and (out / "best.pt").is_file() and not _inside(Path(checkpoint).parent, out):
         raise ValueError(
             f"{out}: holds another model than {checkpoint}, whose scores would be replaced; choose another out"
         )
@@ -249,6 +249,10 @@ def _device(text: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"PyTorch finds {torch.cuda.device_count()} GPUs here, got {text!r}")
     return device
+
+
+def _inside(folder: Path, other: Path) -> bool:
+    return folder.resolve().is_relative_to(other.resolve())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

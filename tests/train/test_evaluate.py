@@ -130,6 +130,9 @@ def test_scores_of_another_model_are_not_replaced(data, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="other: holds another model"):
         run(data, other, checkpoint)
     assert [path.name for path in other.iterdir()] == ["best.pt"]
+    (other / "best.pt").unlink()
+    (other / "best.pt").symlink_to(checkpoint)  # its own, wherever it lies
+    assert not run(data, other, other / "best.pt").failures
 
 
 def test_gain_is_taken_over_recordings_scored_in_both(data, checkpoint):
