@@ -1,12 +1,12 @@
 """The processes of a run: device and precision, what they decide together, signals, memory."""
 
 import contextlib
+import ctypes
 import os
 import re
 import resource
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +55,10 @@ def start(optim: OptimConfig) -> Accelerator:
     )
     if accelerator.num_processes != world:
         raise RunError(f"{world} processes were started, but accelerate sees {accelerator.num_processes}")
+    if world > 1:
+        # The group lives as long as the process. When it goes, PyTorch waits for gloo's threads with Python's lock
+        # held, and these need the lock to let go of tensors that Python has seen: now and then that waits for ever.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(torch.distributed.group.WORLD))
     return accelerator
 
 
@@ -79,11 +83,7 @@ def own_cores() -> int:
 
 
 def leave(accelerator: Accelerator) -> None:
-    """Part from the other processes, which do the same.
-
-    The barrier is for gloo, too: its thread lets go of the last gathered tensors, for which it needs Python's lock,
-    before it does anything else. PyTorch waits for that thread with the lock held when the group goes, maybe for ever.
-    """
+    """Part from the other processes, which do the same: the first one keeps what they meet by."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -106,7 +106,6 @@ def clear_errors(folder: Path, data: str) -> Iterator[None]:
             ) from error
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, torch.distributed.DistError) or any(sign in reason for sign in signs):
-            time.sleep(0.1)  # for gloo's thread, see `leave`
             reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without the place in the library, without advice
             raise RunError(
                 f"{folder}: another process of this run ended or cannot be reached ({reason}); "
