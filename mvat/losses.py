@@ -1,6 +1,6 @@
-"""Training losses: the weighted multi-resolution loss, and what distillation adds to it."""
+"""Training losses: two for the enhancement itself, and what distillation adds to them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ SHORTEST = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
 VIEW_NAMES = Views._fields
 #: The spectral part's weight, of each resolution.
 _HALF_MEAN = 0.5 / len(RESOLUTIONS)
+#: The exponent of `compressed_spectral_loss`, and what keeps its derivative finite where a spectrum is zero.
+_COMPRESSION, _FLOOR = 0.3, 1e-6
 
 
 def _as_clips(op: str, **signals: Tensor) -> list[Tensor]:
@@ -98,6 +100,41 @@ def weighted_mrstft_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tens
         speech, residual = _spectral_distance(x, y), _spectral_distance(mixture - x, mixture - y)
         distance = distance + _HALF_MEAN * (a * speech + (1 - a) * residual)
     return distance.mean()
+
+
+def compressed_spectral_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
+    """An enhancement loss near to what PESQ hears: the distance of spectra whose magnitudes are compressed.
+
+        0.9 mean (|X|^c - |Y|^c)^2 + 0.2 mean | |X|^c e^(i arg X) - |Y|^c e^(i arg Y) |^2 + 0.2 mean |x - y|,   c = 0.3
+
+    x and y are estimate and clean over the root mean square of the clip's noisy signal, X and Y their STFTs of 512
+    samples every 128. The exponent lets weak parts of speech count beside strong ones.
+
+    Args:
+        estimate, clean, noisy: audio [B, T] or [B, 1, T], at least 1025 samples.
+
+    Source: Braun & Tashev, "A consolidated view of loss functions for supervised deep learning-based speech
+    enhancement", TSP 2021; weights of MP-SENet (Lu et al., Interspeech 2023) without its phase and metric terms.
+    """
+    estimate, clean, noisy = _as_clips("compressed_spectral_loss", estimate=estimate, clean=clean, noisy=noisy)
+    gain = (noisy.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    x, y = estimate * gain, clean * gain
+    spectra = [_spectrum(signal, 512, 128, 512) for signal in (x, y)]
+    # The floor within the power, not beside it: |X|^c has no derivative at 0.
+    power = [s.real.square() + s.imag.square() + _FLOOR for s in spectra]
+    magnitude = [p.pow(_COMPRESSION / 2) for p in power]
+    compressed = [s * p.pow((_COMPRESSION - 1) / 2) for s, p in zip(spectra, power, strict=True)]
+    loudness = (magnitude[0] - magnitude[1]).square().mean()
+    difference = compressed[0] - compressed[1]
+    phase = (difference.real.square() + difference.imag.square()).mean()
+    return 0.9 * loudness + 0.2 * phase + 0.2 * (x - y).abs().mean()
+
+
+#: Loss functions of (estimate, clean, noisy) by the names that a configuration gives them.
+ENHANCEMENT_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "weighted_mrstft": weighted_mrstft_loss,
+    "compressed_spectral": compressed_spectral_loss,
+}
 
 
 class AttentionTransferLoss(nn.Module):

@@ -82,6 +82,7 @@ class OptimConfig:
     Args:
         epochs: passes over the data.
         batch_size: examples a step and process.
+        loss: of the estimate, a name of mvat.losses.ENHANCEMENT_LOSSES.
         lr: the schedule's highest learning rate.
         accumulate: batches over whose mean gradient the optimiser moves once; an epoch's last ones may be fewer.
         precision: "no" for float32, "bf16" or "fp16" (on a GPU only) for mixed precision.
@@ -93,6 +94,7 @@ class OptimConfig:
 
     epochs: int = 350
     batch_size: int = 4
+    loss: Literal["weighted_mrstft", "compressed_spectral"] = "weighted_mrstft"
     lr: float = 1e-3
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"

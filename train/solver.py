@@ -222,7 +222,7 @@ class Solver:
 
     def _validate(self) -> tuple[dict[str, float], list[Sample]]:
         model = (self.model if self.step.average is None else self.step.average.model).eval()
-        found = validate(model, self.valid_pairs, self.config.valid, self.accelerator, lambda: self.signals.asked)
+        found = validate(model, self.valid_pairs, self.config, self.accelerator, lambda: self.signals.asked)
         if found is None:
             self._save()
             raise self._stopped(max(processes.gather(self.accelerator, self.signals.asked)))

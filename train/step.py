@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mvat.losses import weighted_mrstft_loss
+from mvat.losses import ENHANCEMENT_LOSSES
 from train import processes
 from train.config import RunConfig
 from train.transfer import Transfer
@@ -129,7 +129,7 @@ class Step:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self._shared):
             with self.accelerator.autocast():
                 estimate, transfer = self.transfer.student_and_loss(self._trained, noisy)
-            enhancement = weighted_mrstft_loss(estimate.float(), clean, noisy)
+            enhancement = ENHANCEMENT_LOSSES[self.config.optim.loss](estimate.float(), clean, noisy)
             loss = enhancement if transfer is None else enhancement + self.config.transfer.weight * transfer
             self.accelerator.backward(loss / count)
         parts = [loss, enhancement] + ([] if transfer is None else [transfer])

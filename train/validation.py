@@ -10,10 +10,10 @@ from torch import nn
 from tqdm import tqdm
 
 from mvat.audio import SAMPLE_RATE
-from mvat.losses import weighted_mrstft_loss
+from mvat.losses import ENHANCEMENT_LOSSES
 from mvat.metrics import PESQ_METRICS, Failure, Scores, score_files
 from train import processes
-from train.config import ValidConfig
+from train.config import RunConfig
 from train.data import Pairs
 
 #: Seconds of a recording that the curves keep.
@@ -40,14 +40,14 @@ class _Share(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, pairs: Pairs, valid: ValidConfig, accelerator: Accelerator, stopped: Callable[[], int]
+    model: nn.Module, pairs: Pairs, config: RunConfig, accelerator: Accelerator, stopped: Callable[[], int]
 ) -> tuple[dict[str, float], list[Sample]] | None:
     """Mean loss and scores, and samples, the same on all processes; None where any was asked to stop meanwhile.
 
     Args:
         model: the model on its device, in evaluation mode; the first process's running statistics are used.
         pairs: the recordings.
-        valid: metrics and number of samples.
+        config: loss, metrics and number of samples.
         accelerator: the processes.
         stopped: not 0 when this process was asked to stop; asked before every recording and after the scores.
 
@@ -58,7 +58,8 @@ def validate(
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-    share = _share(model, pairs, valid, accelerator, stopped)
+    valid = config.valid
+    share = _share(model, pairs, config, accelerator, stopped)
     shares = [share for share in processes.gather(accelerator, share) if share is not None]
     if len(shares) < accelerator.num_processes:
         return None
@@ -79,8 +80,9 @@ def validate(
 
 
 def _share(
-    model: nn.Module, pairs: Pairs, valid: ValidConfig, accelerator: Accelerator, stopped: Callable[[], int]
+    model: nn.Module, pairs: Pairs, config: RunConfig, accelerator: Accelerator, stopped: Callable[[], int]
 ) -> _Share | None:
+    valid, loss = config.valid, ENHANCEMENT_LOSSES[config.optim.loss]
     count = len(pairs.names)
     heard = {i * count // valid.samples for i in range(valid.samples)} if valid.samples else set()
     losses, scored, samples = {}, [], {}
@@ -94,7 +96,7 @@ def _share(
             for x in (pair.clean, pair.noisy)
         )
         estimate = model(noisy)
-        losses[i] = weighted_mrstft_loss(estimate, clean, noisy).item()
+        losses[i] = loss(estimate, clean, noisy).item()
         array = estimate[0, 0].cpu().numpy()
         if valid.metrics:
             scored.append((pairs.names[i], pair.clean, array))

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from mvat.models import Manner
 from tests.train.tiny import TINY, solver, tensors_equal
 from train import checkpoint, command
-from train.config import TransferConfig, ValidConfig
+from train.config import DataConfig, ModelConfig, RunConfig, TransferConfig, ValidConfig
 from train.curves import NAME
 from train.data import ArrayPairs, Segments
 from train.solver import RunError, Solver, Stopped
@@ -127,11 +127,12 @@ def test_a_signal_ends_the_step_saves_and_the_run_goes_on_there(tmp_path, pairs,
 def test_scores_during_which_a_signal_came_are_not_believed(pairs):
     """It may have reached the processes that compute them."""
     valid, accelerator = ValidConfig(metrics=["si_sdr"], select="si_sdr", samples=1), Accelerator()
+    settings = RunConfig("run", ModelConfig(None, TINY), DataConfig("noise"), valid=valid)
     model = Manner(**TINY).eval()
-    result, samples = validate(model, pairs, valid, accelerator, lambda: 0)
+    result, samples = validate(model, pairs, settings, accelerator, lambda: 0)
     assert result.keys() == {"loss", "si_sdr"} and [sample.name for sample in samples] == ["s0"]
     answers = iter([0] * len(pairs.names) + [signal.SIGTERM])
-    assert validate(model, pairs, valid, accelerator, lambda: next(answers)) is None
+    assert validate(model, pairs, settings, accelerator, lambda: next(answers)) is None
 
 
 def test_a_stopped_command_says_so_and_has_the_signals_status(tmp_path, monkeypatch, capsys):

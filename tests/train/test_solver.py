@@ -126,7 +126,7 @@ def test_averaged_weights_are_what_is_validated_and_loaded(tmp_path, pairs):
     assert tensors_equal(last["raw_state_dict"], dict(trained.model.state_dict()))
     assert not tensors_equal(last["raw_state_dict"], last["state_dict"])
     loaded = Manner.from_pretrained(tmp_path / "run" / "last.pt")
-    found, _ = validate(loaded, pairs, settings.valid, trained.accelerator, lambda: 0)
+    found, _ = validate(loaded, pairs, settings, trained.accelerator, lambda: 0)
     assert found == history[-1]["valid"]
 
 
