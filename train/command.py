@@ -1,7 +1,6 @@
 """The command lines of training: a typed configuration from YAML and options, and one run from it."""
 
 import dataclasses
-import itertools
 import os
 import random
 import signal
@@ -30,7 +29,7 @@ from train.solver import Solver, Stopped
 
 
 def parse(argv: Sequence[str] | None, description: str) -> RunConfig:
-    """The configuration of a run, from options and --config files, the later ones winning.
+    """The configuration of a run: from --config files, the later ones winning, and options, which win over every file.
 
     Raises:
         ValueError: for a wrong key or value, in one line.
@@ -46,22 +45,29 @@ def parse_values(argv: Sequence[str] | None, description: str, of: type, add_arg
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    for file in _config_files(argv):
+    files, options = _config_files(sys.argv[1:] if argv is None else argv)
+    for file in files:
         _check_yaml(file, of)
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     add_arguments(parser)
     try:
-        return parser.instantiate(parser.parse_args(argv))
+        return parser.instantiate(parser.parse_args([*(f"--config={file}" for file in files), *options]))
     except ArgumentError as error:
-        files = _config_files(argv)
         where = f"the options, or {', '.join(files)}: " if files else ""
         raise ValueError(where + " ".join(str(error).split())) from None
 
 
-def _config_files(argv: Sequence[str] | None) -> list[str]:
-    arguments = sys.argv[1:] if argv is None else argv
-    files = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
-    return files + [option.removeprefix("--config=") for option in arguments if option.startswith("--config=")]
+def _config_files(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that --config names, and the arguments beside them."""
+    files, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument.startswith("--config="):
+            files.append(argument.removeprefix("--config="))
+        elif argument == "--config" and (file := next(rest, None)) is not None:
+            files.append(file)
+        else:
+            others.append(argument)
+    return files, others
 
 
 def check_given(config: Any, prefix: str = "") -> None:

@@ -230,6 +230,10 @@ def test_configuration_from_yaml_and_options_names_what_is_wrong(tmp_path):
         [(0, 1)],
     )
     assert isinstance(parsed.optim, OptimConfig)
+    other = tmp_path / "d.yaml"
+    other.write_text("optim: {lr: 0.25, batch_size: 7}\n")
+    argv = ["--optim.lr=0.5", "--config", str(file), f"--config={other}"]
+    assert command.parse(argv, "test").optim == OptimConfig(lr=0.5, batch_size=7)  # options win, then later files
     options = ["--optim.clip", "5", "--optim.ema", "0.999", "--optim.compile", "true", "--valid.patience", "9"]
     parsed = command.parse(["--config", str(file), *options, "--save_minutes", "2"], "test")
     assert parsed.optim == OptimConfig(clip=5.0, ema=0.999, compile=True)
