@@ -7,6 +7,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mvat.audio import SAMPLE_RATE
 from mvat.kernels import current_backend
 from mvat.models import PRESETS, Manner
 from train import config as settings
-from train import manifest
+from train import checkpoint, manifest
 from train.config import ModelConfig, RunConfig, differences
 from train.data import FilePairs, Segments
 from train.loading import Readable
@@ -169,6 +170,7 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
         if config.transfer.teacher is None:
             raise ValueError(f'transfer.method "{config.transfer.method}" needs transfer.teacher')
         teacher = Manner.from_pretrained(config.transfer.teacher)
+        tell_unfinished(Path(config.transfer.teacher))
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -178,6 +180,22 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     else:
         _start_from(model, config.model.weights)
     return Solver(config, model, teacher, drawn, _file_pairs(valid), kind).fit()
+
+
+def tell_unfinished(teacher: Path) -> None:
+    """Say so where the teacher's own run, whose last checkpoint lies beside its best, has not come to its end."""
+    last = (teacher if teacher.is_dir() else teacher.parent) / "last.pt"
+    try:
+        content = checkpoint.load(last, ("progress", "config"))
+    except ValueError:  # none there, or not of a run
+        return
+    progress, epochs = content["progress"], content["config"]["optim"]["epochs"]
+    if not progress["finished"] and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{teacher}: its training stands at epoch {progress['epoch']} of {epochs}; the student learns from what it "
+            "knows so far",
+            file=sys.stderr,
+        )
 
 
 def _start_from(model: Manner, weights: str) -> None:

@@ -278,3 +278,15 @@ def test_random_states_round_trip(tmp_path):
     drawn = random.random(), np.random.rand(), torch.rand(1).item()
     checkpoint.restore_random_states(checkpoint.load(tmp_path / "c.pt")["random"])
     assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+@pytest.mark.parametrize("name", ["", "best.pt"])
+def test_a_teacher_that_is_not_done_is_named(tmp_path, capsys, name):
+    teacher = tmp_path / name
+    command.tell_unfinished(teacher)
+    for finished in (True, False):
+        content = {"progress": {"epoch": 3, "finished": finished}, "config": {"optim": {"epochs": 350}}}
+        checkpoint.save(tmp_path / "last.pt", content)
+        assert not capsys.readouterr().err
+        command.tell_unfinished(teacher)
+    assert f"{teacher}: its training stands at epoch 3 of 350" in capsys.readouterr().err
