@@ -18,8 +18,8 @@ from mvat import errors
 from mvat.audio import SAMPLE_RATE
 from mvat.kernels import current_backend
 from mvat.models import PRESETS, Manner
-from train import config as settings
 from train import checkpoint, manifest
+from train import config as settings
 from train.config import ModelConfig, RunConfig, differences
 from train.data import FilePairs, Segments
 from train.loading import Readable
