@@ -81,7 +81,7 @@ def shown_systems(systems: Sequence[System], best: System) -> tuple[list[System]
 
 
 def _choose(systems: Sequence[System], best: System) -> tuple[list[Sample], str]:
-    """The recordings with the least, the median and the greatest gain of the best system; or why there are none."""
+    """The recordings that the best system changes least favourably, at the median and most; or why there are none."""
     scores = best.first.scores or next(run.scores for run in best.runs if run.scores)
     try:
         entries = {entry.name: entry for entry in manifest.load(scores["data"]).split(scores["set"])}
@@ -93,8 +93,8 @@ def _choose(systems: Sequence[System], best: System) -> tuple[list[Sample], str]
     ranked = sorted(gains, key=lambda name: gains[name])
     if not ranked:
         return [], "No recording of the set has an SI-SDR."
-    what = f"gain in SI-SDR of “{best.label}”" if noisy else f"SI-SDR of “{best.label}”"
-    places = {"least": 0, "median": len(ranked) // 2, "greatest": len(ranked) - 1}
+    what = f"change in SI-SDR by “{best.label}”" if noisy else f"SI-SDR of “{best.label}”"
+    places = {"lowest": 0, "median": len(ranked) // 2, "highest": len(ranked) - 1}
     names: dict[str, str] = {}
     for word, place in places.items():
         names.setdefault(ranked[place], word)

@@ -27,8 +27,9 @@ def scores(systems: Sequence[System]) -> str:
     return pieces.section(
         "Scores",
         pieces.note(
-            "Means over the recordings of the set; higher is better. Bold: the best student. Several seeds: their "
-            "mean, and the lowest and highest of them. GFLOPs are for four seconds of audio."
+            "Means over the recordings of the set; higher is better. "
+            f"{'Bold: the best student. ' if best else ''}Several seeds: their mean, and the lowest and highest of "
+            "them. GFLOPs are for four seconds of audio."
         ),
         pieces.table(heads, rows, "scores"),
         note,
@@ -37,11 +38,11 @@ def scores(systems: Sequence[System]) -> str:
 
 
 def _best(systems: Sequence[System]) -> dict[str, str]:
-    """Metric -> the best student's score as it is written."""
+    """Metric -> the best of several students' score as it is written."""
     best = {}
     for metric, shown in SHOWN.items():
         means = [mean for system in find(systems, "student") if (mean := system.mean(metric)) is not None]
-        if means:
+        if len(means) > 1:
             best[metric] = f"{max(means):.{shown.digits}f}"
     return best
 

@@ -97,7 +97,7 @@ def lead(systems: Sequence[System]) -> str:
 
 
 def verdict(alone: System, mvat: System) -> str:
-    """Whether MV-AT beats the student alone, with the numbers, the recordings and the seeds."""
+    """Whether MV-AT is ahead of the student alone, with the numbers, the recordings and the seeds."""
     ahead: list[str] = []
     behind: list[str] = []
     numbers: list[str] = []
@@ -114,9 +114,9 @@ def verdict(alone: System, mvat: System) -> str:
     if ahead and behind:
         claim = f"MV-AT is ahead of the student alone in {_list(ahead)} and behind in {_list(behind)}"
     elif ahead:
-        claim = f"MV-AT beats the student alone in {_scores(ahead, len(numbers))}"
+        claim = f"MV-AT is ahead of the student alone in {_scores(ahead, len(numbers))}"
     elif behind:
-        claim = f"MV-AT does not beat the student alone; it is behind in {_scores(behind, len(numbers))}"
+        claim = f"MV-AT is behind the student alone in {_scores(behind, len(numbers))}"
     else:
         claim = "MV-AT and the student alone do not differ"
     return f"{claim}: {', '.join(numbers)}. {_recordings(alone, mvat)}{_chance(alone, mvat)}"
