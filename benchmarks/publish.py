@@ -72,21 +72,33 @@ def page(name: str, measured: dict[str, Measured]) -> str:
 
 
 def block(machines: dict[str, dict[str, Measured]]) -> str:
-    """README's part: one table a machine, and a plain word where no GPU was measured."""
-    parts = []
-    for name, measured in machines.items():
-        runs = sorted((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
-        commits = dict.fromkeys(commit["id"] for _, commit in runs)
-        warned = sum(bool(info.get("warning")) for info, _ in runs)
-        parts.append(
-            f"{table.measured_on(*runs[-1])} (the latest). Runs: {len(runs)}, of {', '.join(commits)}; "
-            f"begun with a warning: {warned}. "
-            "Milliseconds, medians of interleaved samples, forward / forward and backward; "
-            f"[all rows, runs and pictures](benchmarks/results/{name}/README.md).\n\n" + table.overview(_all(measured))
-        )
-    if not any(info["gpu"] for measured in machines.values() for one in measured.values() for info, _ in one.runs):
+    """README's part: tables of the GPU and the CPU measured last, and links to the other machines' pages."""
+    runs = {
+        name: sorted((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
+        for name, measured in machines.items()
+    }
+    newest_first = sorted(runs, key=lambda name: runs[name][-1][0]["date"], reverse=True)
+    gpus = [name for name in newest_first if runs[name][-1][0]["gpu"]]
+    cpus = [name for name in newest_first if name not in gpus]
+    shown = [*gpus[:1], *cpus[:1]]
+    parts = [_overview(name, machines[name], runs[name]) for name in shown]
+    if not gpus:
         parts.append("GPU: not measured on a GPU yet.\n")
+    if others := [name for name in newest_first if name not in shown]:
+        links = (f"[{table.measured_on(*runs[name][-1])}](benchmarks/results/{name}/README.md)" for name in others)
+        parts.append(f"Measured earlier: {'; '.join(links)}.\n")
     return "\n".join(parts)
+
+
+def _overview(name: str, measured: dict[str, Measured], runs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    commits = dict.fromkeys(commit["id"] for _, commit in runs)
+    warned = sum(bool(info.get("warning")) for info, _ in runs)
+    return (
+        f"{table.measured_on(*runs[-1])} (the latest). Runs: {len(runs)}, of {', '.join(commits)}; "
+        f"begun with a warning: {warned}. "
+        "Milliseconds, medians of interleaved samples, forward / forward and backward; "
+        f"[all rows, runs and pictures](benchmarks/results/{name}/README.md).\n\n" + table.overview(_all(measured))
+    )
 
 
 def pages(machines: dict[str, dict[str, Measured]], folder: Path, readme: Path) -> dict[Path, str]:

@@ -132,6 +132,22 @@ def test_pages_follow_the_newest_results(tmp_path: Path, path: Path, readme: Pat
     assert publish.main([*command, "--check"]) == 0
 
 
+def test_readme_shows_the_newest_machine_of_each_kind_and_links_the_others() -> None:
+    def measured(name: str, gpu: str | None, day: int, median: float) -> dict[str, publish.Measured]:
+        info = MACHINE | {"cpu": name, "gpu": gpu, "date": f"2026-01-0{day}T00:00:00"}
+        return {"some_op": publish.Measured([row("eager", median, 64_084)], [(info, COMMIT)])}
+
+    old, new = measured("Old", None, 1, 4), measured("New", None, 3, 2)
+    text = publish.block({"new": new, "old": old})
+    assert (
+        text.index("New with") < text.index("| 2.02 |") < text.index("not measured on a GPU") < text.index("[Old with")
+    )
+    assert "(benchmarks/results/old/README.md)" in text and "| 4.04 |" not in text
+    text = publish.block({"new": new, "old": old, "gpu": measured("", "Some GPU", 2, 1)})
+    assert text.index("Some GPU") < text.index("| 1.01 |") < text.index("New with") < text.index("[Old with")
+    assert "not measured on a GPU" not in text
+
+
 def test_a_readme_without_a_place_is_refused(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("no place\n")
