@@ -226,7 +226,7 @@ def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry])
         if mix is not None:
             raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")
         stride = round(config.data.stride_seconds * SAMPLE_RATE)
-        return Segments(_file_pairs(train), length, stride, tempo, share, config.seed)
+        return Segments(_file_pairs(train), length, stride, tempo, share, config.data.remix_share, config.seed)
     if mix is None:
         raise ValueError(f"{data.path}: its speech and noise are to be mixed; give data.mix.examples")
     found = manifest.recordings(data)

@@ -70,13 +70,15 @@ class Segments(Dataset):
 
     A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one, that start inside it; what is
     missing at its end is filled with zeros. For a share of the segments the tempo of the clean track is changed and the
-    noise added again.
+    noise added again; for a share the noise is that of another segment, at the level of its own.
 
     Args:
         pairs: the recordings.
         length, stride: in samples.
         tempo: lowest and highest tempo.
         tempo_share: share of the segments whose tempo is changed.
+        remix_share: share of the segments whose noise is another one's (Defossez et al., "Real time speech enhancement
+            in the waveform domain", Interspeech 2020, who shuffle the noises of a batch).
         seed: of the augmentation.
     """
 
@@ -87,6 +89,7 @@ class Segments(Dataset):
         stride: int,
         tempo: tuple[float, float] = (1.0, 1.0),
         tempo_share: float = 0.0,
+        remix_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         if length < 1 or stride < 1:
@@ -95,6 +98,7 @@ class Segments(Dataset):
             raise ValueError(f"tempo must be a positive range, lowest first, got {tempo}")
         self.pairs, self.length, self.tempo, self.seed = pairs, length, tempo, seed
         self.tempo_share = 0.0 if tempo[0] == tempo[1] == 1 else tempo_share
+        self.remix_share = remix_share
         self._places = [
             (i, k * stride)
             for i, frames in enumerate(pairs.frames)
@@ -116,13 +120,25 @@ class Segments(Dataset):
         tempo = rng.uniform(*self.tempo) if changed else 1.0
         available = self.pairs.frames[recording] - start
         clean, noisy = self.pairs.read(recording, start, min(math.ceil(self.length * max(tempo, 1)), available))
+        remixed = rng.random() < self.remix_share
+        if not changed and not remixed:
+            return self._tensor(clean), self._tensor(noisy)
+        noise = (noisy - clean)[: self.length]
         if changed:
-            noise = (noisy - clean)[: self.length]
-            clean = change_tempo(clean, tempo)[: self.length]
-            # A slower clean track is longer than its noise, which then starts over.
-            noise = np.resize(noise, clean.shape)
-            noisy = clean + noise
-        return self._tensor(clean), self._tensor(noisy)
+            clean = change_tempo(clean, tempo)
+        if remixed:
+            noise = self._another_noise(rng, noise)
+        clean = clean[: self.length]
+        # The clean track can be longer than its noise, which then starts over.
+        return self._tensor(clean), self._tensor(clean + np.resize(noise, clean.shape))
+
+    def _another_noise(self, rng: np.random.Generator, noise: np.ndarray) -> np.ndarray:
+        """The noise of a segment drawn from all, at the level of this one; this one where the other is silent."""
+        recording, start = self._places[rng.integers(len(self._places))]
+        clean, noisy = self.pairs.read(recording, start, min(self.length, self.pairs.frames[recording] - start))
+        other = noisy - clean
+        level = float(np.square(other).mean())
+        return other * float(np.sqrt(np.square(noise).mean() / level)) if level > 0 else noise
 
     def _tensor(self, samples: np.ndarray) -> torch.Tensor:
         padded = np.zeros((1, self.length), np.float32)

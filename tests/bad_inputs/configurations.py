@@ -136,6 +136,7 @@ VALUES = (
     option("workers below 0", "--data.workers=-1", "data.workers must be 0 or more|-1"),
     option("a limit below 0", "--data.valid_limit=-1", "data.valid_limit must be 0 or more|-1"),
     option("a tempo for more than all", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
+    option("noises from more than all", "--data.remix_share 2", "data.remix_share must be between 0 and 1|2.0"),
     option("a share of NaN", "--data.tempo_share .nan", "data.tempo_share must be between 0 and 1|nan"),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),
     option("a hop below 0", "--data.stride_seconds=-1", "data.stride_seconds must be positive|-1"),

@@ -64,6 +64,34 @@ def test_tempo_changes_the_clean_track_and_keeps_the_noise():
         assert np.allclose(noisy - changed, noise[:16000], atol=1e-5)
 
 
+def test_a_remixed_segment_has_another_noise_at_its_own_level():
+    tones = {name: np.sin(2 * np.pi * hertz / 16000 * np.arange(16000)) for name, hertz in (("a", 500), ("b", 3000))}
+    speech = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    pairs = [
+        (name, speech, speech + np.float32(level) * tone.astype(np.float32))
+        for (name, tone), level in zip(tones.items(), (0.1, 2.0), strict=True)
+    ]
+    segments = Segments(ArrayPairs(pairs), 16000, 16000, remix_share=1.0)
+    seen = set()
+    for epoch in range(8):
+        clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
+        noise = noisy - clean
+        assert np.array_equal(clean, speech) and np.sqrt(2 * np.square(noise).mean()) == pytest.approx(0.1, rel=1e-3)
+        seen.add(max(tones, key=lambda name: abs(noise @ tones[name])))
+    assert seen == {"a", "b"}
+    assert np.array_equal(segments[(3, 0)][1], segments[(3, 0)][1])
+
+
+def test_a_remixed_segment_keeps_its_noise_where_the_other_has_none_and_fills_what_is_short():
+    speech, noise = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
+    for others in ([("b", speech, speech)], [("b", speech[:10], speech[:10] + noise[:10])]):
+        segments = Segments(ArrayPairs([("a", speech, speech + noise), *others]), 800, 1000, (1.1, 1.1), 0.5, 1.0)
+        for epoch in range(16):
+            clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
+            assert clean.dtype == noisy.dtype == np.float32
+            assert np.square(noisy - clean).mean() == pytest.approx(np.square(noise[:800]).mean(), rel=0.3)
+
+
 @pytest.mark.parametrize("tempo", [0.8, 0.9, 1.0, 1.1, 1.25])
 def test_change_tempo_keeps_pitch_and_level_and_scales_length(tempo):
     t = np.arange(32000) / 16000
