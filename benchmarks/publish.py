@@ -77,7 +77,8 @@ def block(machines: dict[str, dict[str, Measured]]) -> str:
         name: sorted((run for one in measured.values() for run in one.runs), key=lambda run: run[0]["date"])
         for name, measured in machines.items()
     }
-    newest_first = sorted(runs, key=lambda name: runs[name][-1][0]["date"], reverse=True)
+    # One op alone, measured elsewhere since, does not take the place of all.
+    newest_first = sorted(runs, key=lambda name: ("model" in machines[name], runs[name][-1][0]["date"]), reverse=True)
     gpus = [name for name in newest_first if runs[name][-1][0]["gpu"]]
     cpus = [name for name in newest_first if name not in gpus]
     shown = [*gpus[:1], *cpus[:1]]

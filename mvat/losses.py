@@ -108,13 +108,13 @@ def compressed_spectral_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> 
         0.9 mean (|X|^c - |Y|^c)^2 + 0.2 mean | |X|^c e^(i arg X) - |Y|^c e^(i arg Y) |^2 + 0.2 mean |x - y|,   c = 0.3
 
     x and y are estimate and clean over the root mean square of the clip's noisy signal, X and Y their STFTs of 512
-    samples every 128. The exponent lets weak parts of speech count beside strong ones.
+    samples every 128, 1e-6 added to their squares. The exponent lets weak parts of speech count beside strong ones.
 
     Args:
         estimate, clean, noisy: audio [B, T] or [B, 1, T], at least 1025 samples.
 
     Source: Braun & Tashev, "A consolidated view of loss functions for supervised deep learning-based speech
-    enhancement", TSP 2021; weights of MP-SENet (Lu et al., Interspeech 2023) without its phase and metric terms.
+    enhancement", TSP 2021; the weights are near those of MP-SENet (Lu et al., Interspeech 2023).
     """
     estimate, clean, noisy = _as_clips("compressed_spectral_loss", estimate=estimate, clean=clean, noisy=noisy)
     gain = (noisy.square().mean(1, keepdim=True) + 1e-8).rsqrt()

@@ -89,6 +89,8 @@ def _check_yaml(file: str, of: type) -> None:
     """
     import yaml
 
+    if not file.strip():
+        raise ValueError("--config: the name of the file is empty")
     try:
         with open(file, encoding="utf-8") as text:
             content = yaml.safe_load(text)
@@ -221,14 +223,17 @@ def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry])
         ValueError: data.mix is missing or superfluous, or a setting cannot be used.
     """
     mix, tempo, share = config.data.mix, config.data.tempo, config.data.tempo_share
+    remix = config.data.remix_share
     length = round(config.data.segment_seconds * SAMPLE_RATE)
     if data.recordings is None:
         if mix is not None:
             raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")
         stride = round(config.data.stride_seconds * SAMPLE_RATE)
-        return Segments(_file_pairs(train), length, stride, tempo, share, config.data.remix_share, config.seed)
+        return Segments(_file_pairs(train), length, stride, tempo, share, remix, config.seed)
     if mix is None:
         raise ValueError(f"{data.path}: its speech and noise are to be mixed; give data.mix.examples")
+    if remix:
+        raise ValueError(f"{data.path}: its speech and noise are mixed anew anyway; leave data.remix_share out")
     found = manifest.recordings(data)
     try:
         mixer = Mixer(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -183,6 +184,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def completed(stored: dict[str, Any], of: type = RunConfig) -> dict[str, Any]:
+    """A stored configuration with the defaults of those keys that there were not yet when it was written."""
+    full = dict(stored)
+    for key in dataclasses.fields(of):
+        section = next(
+            (kind for kind in (key.type, *typing.get_args(key.type)) if dataclasses.is_dataclass(kind)), None
+        )
+        if key.name not in full:
+            if key.default is not dataclasses.MISSING:
+                full[key.name] = _plain(key.default)
+        elif section is not None and isinstance(full[key.name], dict):
+            full[key.name] = completed(full[key.name], typing.cast(type, section))
+    return full
 
 
 def check(config: RunConfig) -> None:

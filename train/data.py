@@ -12,6 +12,9 @@ from torch.utils.data import Dataset, Sampler
 from mvat.audio import SAMPLE_RATE
 from train.tempo import change_tempo
 
+#: Root mean square below which a noise is not worth making louder: 80 dB below full scale.
+SILENT = 1e-4
+
 
 class Pair(NamedTuple):
     """A clean recording and its noisy version, float32 [T] each, 16 kHz."""
@@ -126,19 +129,24 @@ class Segments(Dataset):
         noise = (noisy - clean)[: self.length]
         if changed:
             clean = change_tempo(clean, tempo)
+        clean = clean[: self.length]
+        # A slower clean track is longer than its noise, which then starts over.
+        noise = np.resize(noise, clean.shape)
         if remixed:
             noise = self._another_noise(rng, noise)
-        clean = clean[: self.length]
-        # The clean track can be longer than its noise, which then starts over.
-        return self._tensor(clean), self._tensor(clean + np.resize(noise, clean.shape))
+        return self._tensor(clean), self._tensor(clean + noise)
 
     def _another_noise(self, rng: np.random.Generator, noise: np.ndarray) -> np.ndarray:
-        """The noise of a segment drawn from all, at the level of this one; this one where the other is silent."""
+        """The noise of a segment drawn from all, at the level of this one; this one where that is shorter or silent."""
         recording, start = self._places[rng.integers(len(self._places))]
-        clean, noisy = self.pairs.read(recording, start, min(self.length, self.pairs.frames[recording] - start))
-        other = noisy - clean
-        level = float(np.square(other).mean())
-        return other * float(np.sqrt(np.square(noise).mean() / level)) if level > 0 else noise
+        if self.pairs.frames[recording] - start < len(noise):
+            return noise
+        clean, noisy = self.pairs.read(recording, start, len(noise))
+        other = (noisy - clean).astype(np.float64)
+        level = np.sqrt(np.square(other).mean())
+        if level < SILENT:
+            return noise
+        return (other * (np.sqrt(np.square(noise.astype(np.float64)).mean()) / level)).astype(np.float32)
 
     def _tensor(self, samples: np.ndarray) -> torch.Tensor:
         padded = np.zeros((1, self.length), np.float32)

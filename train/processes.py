@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -106,6 +107,7 @@ def clear_errors(folder: Path, data: str) -> Iterator[None]:
             ) from error
         signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
         if isinstance(error, torch.distributed.DistError) or any(sign in reason for sign in signs):
+            time.sleep(0.1)  # while gloo's threads let go of their tensors, which they cannot once Python ends
             reason = re.sub(r"^\[\S+\] ", "", reason).split(". ")[0]  # without the place in the library, without advice
             raise RunError(
                 f"{folder}: another process of this run ended or cannot be reached ({reason}); "

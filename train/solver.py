@@ -18,7 +18,7 @@ from mvat.losses import SHORTEST
 from mvat.models import Manner, count_flops, count_parameters
 from train import checkpoint, processes
 from train import config as settings
-from train.config import RunConfig, differences
+from train.config import RunConfig, completed, differences
 from train.curves import NAME, Curves
 from train.data import Pairs, Segments
 from train.loading import Loader
@@ -355,7 +355,7 @@ class Solver:
             raise RunError(f"{last}: damaged: {one_line(error)}") from error
 
     def _restore(self, content: dict[str, Any]) -> int:
-        changed = differences(content["config"], self.config.as_dict(), ignore=FREE_KEYS)
+        changed = differences(completed(content["config"]), self.config.as_dict(), ignore=FREE_KEYS)
         if changed:
             raise RunError(
                 f"{self.folder}: holds a run of another configuration ({'; '.join(changed)}); choose another out"

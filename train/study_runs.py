@@ -25,7 +25,7 @@ from mvat.files import write_text
 from mvat.metrics import PESQ_METRICS, score_files
 from mvat.models import Manner, count_flops
 from train import command, manifest
-from train.config import ModelConfig, RunConfig, TransferConfig, differences
+from train.config import ModelConfig, RunConfig, TransferConfig, completed, differences
 from train.evaluate import SCORES_FORMAT, RecordError, evaluate, read_record
 from train.solver import FREE_KEYS, DivergedError
 from train.study_config import StudyConfig, model_name, transfer_config
@@ -280,7 +280,7 @@ def read_finished(job: Job) -> Finished | None:
     """What became of a run, or None where it has not ended or is one of another configuration."""
     try:
         record = read_record(job.folder / "finished.json", FINISHED_FORMAT)
-        if differences(record["config"], job.config.as_dict(), ignore=FREE_KEYS):
+        if differences(completed(record["config"]), job.config.as_dict(), ignore=FREE_KEYS):
             return None
         return Finished(record["steps"], record["seconds"], record["best"], record["diverged"])
     except (RecordError, KeyError):

@@ -42,6 +42,7 @@ def less(given: str, lines: str, words: str) -> Case:
 
 
 FILES = (
+    Case("nothing after the sign", f"{TEACHER}=", "--config: the name of the file is empty"),
     Case("a file that is not there", f"{TEACHER} gone.yaml", "gone.yaml: No such file"),
     Case("a folder", f"{TEACHER} data", "data: Is a directory"),
     Case("a recording", f"{TEACHER} in.wav", "in.wav|not valid YAML"),
@@ -162,6 +163,11 @@ VALUES = (
     option("no model", '--model.arguments "{}"', "name model.preset, or model.arguments"),
     option("a teacher with transfer", "--transfer.method mvat", "a teacher is trained on its own|train.distill"),
     Case("mixing without a number", f"{TEACHER} base.yaml --data.path mixed", "data.mix.examples"),
+    Case(
+        "remixing what is mixed",
+        f"{TEACHER} base.yaml --data.path mixed --data.mix.examples 4 --data.remix_share 0.5",
+        "data.remix_share",
+    ),
     Case("no mixtures", f"{TEACHER} base.yaml --data.path mixed --data.mix.examples 0", "data.mix|positive"),
     Case(
         "an SNR from high to low",

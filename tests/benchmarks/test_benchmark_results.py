@@ -146,6 +146,8 @@ def test_readme_shows_the_newest_machine_of_each_kind_and_links_the_others() -> 
     text = publish.block({"new": new, "old": old, "gpu": measured("", "Some GPU", 2, 1)})
     assert text.index("Some GPU") < text.index("| 1.01 |") < text.index("New with") < text.index("[Old with")
     assert "not measured on a GPU" not in text
+    full = old | {"model": old["some_op"]}
+    assert publish.block({"new": new, "old": full}).startswith("Old with")  # one op alone does not take its place
 
 
 def test_a_readme_without_a_place_is_refused(tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,14 +82,29 @@ def test_a_remixed_segment_has_another_noise_at_its_own_level():
     assert np.array_equal(segments[(3, 0)][1], segments[(3, 0)][1])
 
 
-def test_a_remixed_segment_keeps_its_noise_where_the_other_has_none_and_fills_what_is_short():
+@pytest.mark.parametrize("case", ["shorter", "silent", "a step of 16 bits", "about to vanish"])
+def test_a_remixed_segment_keeps_its_noise_where_the_other_is_no_use(case):
     speech, noise = np.random.default_rng(0).standard_normal((2, 1000)).astype(np.float32)
-    for others in ([("b", speech, speech)], [("b", speech[:10], speech[:10] + noise[:10])]):
-        segments = Segments(ArrayPairs([("a", speech, speech + noise), *others]), 800, 1000, (1.1, 1.1), 0.5, 1.0)
-        for epoch in range(16):
-            clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
-            assert clean.dtype == noisy.dtype == np.float32
-            assert np.square(noisy - clean).mean() == pytest.approx(np.square(noise[:800]).mean(), rel=0.3)
+    click = np.zeros_like(speech)
+    click[500] = 2**-15
+    others = {"shorter": noise[:10], "silent": 0 * noise, "a step of 16 bits": click, "about to vanish": noise * 1e-22}
+    other = np.zeros_like(others[case])
+    segments = Segments(
+        ArrayPairs([("a", speech, speech + noise), ("b", other, others[case])]), 800, 1000, remix_share=1
+    )
+    for epoch in range(8):
+        clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
+        np.testing.assert_allclose(noisy - clean, noise[:800], atol=1e-6)
+
+
+@pytest.mark.parametrize("tempo", [0.8, 1.2])
+def test_a_segment_of_another_tempo_can_be_remixed(tempo):
+    speech, noise = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)
+    segments = Segments(ArrayPairs([("a", speech, speech + 0.5 * noise)]), 800, 1000, (tempo, tempo), 1.0, 1.0)
+    for epoch in range(4):
+        clean, noisy = (track.numpy()[0] for track in segments[(epoch, 1)])
+        assert clean.dtype == noisy.dtype == np.float32
+        assert np.square(noisy - clean).mean() == pytest.approx(0.25, rel=0.2)
 
 
 @pytest.mark.parametrize("tempo", [0.8, 0.9, 1.0, 1.1, 1.25])

@@ -14,7 +14,15 @@ from mvat.models import Manner, count_parameters
 from tests.train.kill import curves
 from tests.train.tiny import TINY, config, segments, solver, tensors_equal
 from train import checkpoint, command
-from train.config import DataConfig, OptimConfig, TransferConfig, ValidConfig, differences
+from train.config import (
+    DataConfig,
+    MixConfig,
+    OptimConfig,
+    TransferConfig,
+    ValidConfig,
+    completed,
+    differences,
+)
 from train.data import ArrayPairs, Segments
 from train.progress import Progress
 from train.solver import DivergedError, RunError, Solver
@@ -269,6 +277,17 @@ def test_a_command_ends_with_one_line_and_code_2(tmp_path, capsys):
 
 def test_differences_name_the_keys():
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}}) == ["b.c: 2 and 5"]
+
+
+def test_a_configuration_from_before_a_key_has_its_default(tmp_path):
+    """So that its run goes on."""
+    settings = config(tmp_path / "run")
+    stored = settings.as_dict()
+    del stored["optim"]["loss"], stored["data"]["remix_share"], stored["save_minutes"]
+    assert completed(stored) == settings.as_dict() and "loss" not in stored["optim"]
+    mixed = dataclasses.replace(settings, data=dataclasses.replace(settings.data, mix=MixConfig())).as_dict()
+    del mixed["data"]["mix"]["level"]
+    assert completed(mixed)["data"]["mix"]["level"] == [-35.0, -15.0]
 
 
 def test_random_states_round_trip(tmp_path):
