@@ -62,6 +62,7 @@ class DataConfig:
         tempo: lowest and highest tempo of the clean track; [1, 1] leaves it as it is.
         tempo_share: share of the examples whose tempo is changed.
         remix_share: share of the examples that take another one's noise; of pairs alone.
+        hiss_share: share of the examples with a hiss in both tracks, that is not to be removed; of pairs alone.
         valid_limit: validate on this many recordings, spread evenly over the set; 0 takes all.
         workers: processes that read ahead.
     """
@@ -74,6 +75,7 @@ class DataConfig:
     tempo: tuple[float, float] = (0.9, 1.1)
     tempo_share: float = 0.5
     remix_share: float = 0.0
+    hiss_share: float = 0.0
     valid_limit: int = 0
     workers: int = 2
 
@@ -228,7 +230,7 @@ def check(config: RunConfig) -> None:
     _require(math.isfinite(hop) and round(hop * SAMPLE_RATE) >= 1, "data.stride_seconds", "positive", hop)
     lowest, highest = data.tempo
     _require(0 < lowest <= highest < math.inf, "data.tempo", "a positive range, lowest first", list(data.tempo))
-    for name in ("tempo_share", "remix_share"):
+    for name in ("tempo_share", "remix_share", "hiss_share"):
         share = getattr(data, name)
         _require(0 <= share <= 1, f"data.{name}", "between 0 and 1", share)
     _require(data.valid_limit >= 0, "data.valid_limit", "0 or more", data.valid_limit)

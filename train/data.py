@@ -10,10 +10,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from mvat.audio import SAMPLE_RATE
+from train.mixing import coloured
 from train.tempo import change_tempo
 
 #: Root mean square below which a noise is not worth making louder: 80 dB below full scale.
 SILENT = 1e-4
+#: Lowest and highest level of a recording's own hiss, dB to its speech.
+HISS = (-60.0, -30.0)
 
 
 class Pair(NamedTuple):
@@ -73,7 +76,8 @@ class Segments(Dataset):
 
     A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one, that start inside it; what is
     missing at its end is filled with zeros. For a share of the segments the tempo of the clean track is changed and the
-    noise added again; for a share the noise is that of another segment, at the level of its own.
+    noise added again; for a share the noise is that of another segment, at the level of its own; for a share both
+    tracks get a steady coloured hiss, so that a recording's own background is not taken for noise.
 
     Args:
         pairs: the recordings.
@@ -82,6 +86,7 @@ class Segments(Dataset):
         tempo_share: share of the segments whose tempo is changed.
         remix_share: share of the segments whose noise is another one's (Defossez et al., "Real time speech enhancement
             in the waveform domain", Interspeech 2020, who shuffle the noises of a batch).
+        hiss_share: share of the segments with hiss, `HISS` dB to the clean track.
         seed: of the augmentation.
     """
 
@@ -93,6 +98,7 @@ class Segments(Dataset):
         tempo: tuple[float, float] = (1.0, 1.0),
         tempo_share: float = 0.0,
         remix_share: float = 0.0,
+        hiss_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         if length < 1 or stride < 1:
@@ -101,7 +107,7 @@ class Segments(Dataset):
             raise ValueError(f"tempo must be a positive range, lowest first, got {tempo}")
         self.pairs, self.length, self.tempo, self.seed = pairs, length, tempo, seed
         self.tempo_share = 0.0 if tempo[0] == tempo[1] == 1 else tempo_share
-        self.remix_share = remix_share
+        self.remix_share, self.hiss_share = remix_share, hiss_share
         self._places = [
             (i, k * stride)
             for i, frames in enumerate(pairs.frames)
@@ -123,8 +129,8 @@ class Segments(Dataset):
         tempo = rng.uniform(*self.tempo) if changed else 1.0
         available = self.pairs.frames[recording] - start
         clean, noisy = self.pairs.read(recording, start, min(math.ceil(self.length * max(tempo, 1)), available))
-        remixed = rng.random() < self.remix_share
-        if not changed and not remixed:
+        remixed, hissing = rng.random() < self.remix_share, rng.random() < self.hiss_share
+        if not changed and not remixed and not hissing:
             return self._tensor(clean), self._tensor(noisy)
         noise = (noisy - clean)[: self.length]
         if changed:
@@ -134,6 +140,9 @@ class Segments(Dataset):
         noise = np.resize(noise, clean.shape)
         if remixed:
             noise = self._another_noise(rng, noise)
+        if hissing:
+            gain = 10 ** (rng.uniform(*HISS) / 20) * np.sqrt(np.square(clean, dtype=np.float64).mean())
+            clean = clean + np.float32(gain) * coloured(rng, len(clean), rng.uniform(0, 2))
         return self._tensor(clean), self._tensor(clean + noise)
 
     def _another_noise(self, rng: np.random.Generator, noise: np.ndarray) -> np.ndarray:
