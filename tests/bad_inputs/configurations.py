@@ -138,6 +138,7 @@ VALUES = (
     option("a limit below 0", "--data.valid_limit=-1", "data.valid_limit must be 0 or more|-1"),
     option("a tempo for more than all", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
     option("noises from more than all", "--data.remix_share 2", "data.remix_share must be between 0 and 1|2.0"),
+    option("hiss in less than none", "--data.hiss_share=-1", "data.hiss_share must be between 0 and 1|-1.0"),
     option("a share of NaN", "--data.tempo_share .nan", "data.tempo_share must be between 0 and 1|nan"),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),
     option("a hop below 0", "--data.stride_seconds=-1", "data.stride_seconds must be positive|-1"),
@@ -163,6 +164,11 @@ VALUES = (
     option("no model", '--model.arguments "{}"', "name model.preset, or model.arguments"),
     option("a teacher with transfer", "--transfer.method mvat", "a teacher is trained on its own|train.distill"),
     Case("mixing without a number", f"{TEACHER} base.yaml --data.path mixed", "data.mix.examples"),
+    Case(
+        "hiss in what is mixed",
+        f"{TEACHER} base.yaml --data.path mixed --data.mix.examples 4 --data.hiss_share 0.5",
+        "data.hiss_share",
+    ),
     Case(
         "remixing what is mixed",
         f"{TEACHER} base.yaml --data.path mixed --data.mix.examples 4 --data.remix_share 0.5",

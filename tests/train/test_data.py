@@ -97,6 +97,22 @@ def test_a_remixed_segment_keeps_its_noise_where_the_other_is_no_use(case):
         np.testing.assert_allclose(noisy - clean, noise[:800], atol=1e-6)
 
 
+def test_hiss_is_in_both_tracks_and_the_noise_stays():
+    speech, noise = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)
+    pairs = ArrayPairs([("a", 0.1 * speech, 0.1 * speech + 0.01 * noise), ("b", 0 * speech, noise)])
+    segments = Segments(pairs, 2000, 2000, hiss_share=1.0)
+    levels = []
+    for epoch in range(32):
+        clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
+        np.testing.assert_allclose(noisy - clean, 0.01 * noise, atol=1e-6)
+        hiss = clean - 0.1 * speech
+        levels.append(10 * np.log10(np.square(hiss).mean() / np.square(0.1 * speech).mean()))
+        assert not segments[(epoch, 1)][0].any()  # a hiss would be all there is
+    assert -60 <= min(levels) < -50 and -40 < max(levels) <= -30
+    drawn = [Segments(pairs, 2000, 2000, hiss_share=0.5)[(epoch, 0)][0].numpy()[0] for epoch in range(32)]
+    assert 8 <= sum(np.array_equal(clean, 0.1 * speech) for clean in drawn) <= 24
+
+
 @pytest.mark.parametrize("tempo", [0.8, 1.2])
 def test_a_segment_of_another_tempo_can_be_remixed(tempo):
     speech, noise = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)

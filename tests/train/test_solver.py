@@ -283,7 +283,7 @@ def test_a_configuration_from_before_a_key_has_its_default(tmp_path):
     """So that its run goes on."""
     settings = config(tmp_path / "run")
     stored = settings.as_dict()
-    del stored["optim"]["loss"], stored["data"]["remix_share"], stored["save_minutes"]
+    del stored["optim"]["loss"], stored["data"]["hiss_share"], stored["save_minutes"]
     assert completed(stored) == settings.as_dict() and "loss" not in stored["optim"]
     mixed = dataclasses.replace(settings, data=dataclasses.replace(settings.data, mix=MixConfig())).as_dict()
     del mixed["data"]["mix"]["level"]
