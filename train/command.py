@@ -223,18 +223,20 @@ def examples(config: RunConfig, data: manifest.Manifest, train: Sequence[Entry])
         ValueError: data.mix is missing or superfluous, or a setting cannot be used.
     """
     mix, tempo, share = config.data.mix, config.data.tempo, config.data.tempo_share
-    remix, hiss = config.data.remix_share, config.data.hiss_share
+    others = {name: getattr(config.data, name) for name in settings.OF_PAIRS}
     length = round(config.data.segment_seconds * SAMPLE_RATE)
     if data.recordings is None:
         if mix is not None:
             raise ValueError(f"{data.path}: has training pairs, nothing to mix; leave data.mix out")
         stride = round(config.data.stride_seconds * SAMPLE_RATE)
-        return Segments(_file_pairs(train), length, stride, tempo, share, remix, hiss, config.seed)
+        return Segments(_file_pairs(train), length, stride, tempo, share, **others, seed=config.seed)
     if mix is None:
         raise ValueError(f"{data.path}: its speech and noise are to be mixed; give data.mix.examples")
-    if remix or hiss:
-        name = "remix_share" if remix else "hiss_share"
-        raise ValueError(f"{data.path}: data.{name} is for pairs, and here speech and noise are mixed; leave it out")
+    for name, value in others.items():
+        if value:
+            raise ValueError(
+                f"{data.path}: data.{name} is for pairs, and here speech and noise are mixed; leave it out"
+            )
     found = manifest.recordings(data)
     try:
         mixer = Mixer(

@@ -61,8 +61,10 @@ class DataConfig:
         stride_seconds: hop between the examples of one recording; of pairs alone.
         tempo: lowest and highest tempo of the clean track; [1, 1] leaves it as it is.
         tempo_share: share of the examples whose tempo is changed.
+        pitch_share: share, of those, whose pitch changes with it, as a tape's would; of pairs alone.
         remix_share: share of the examples that take another one's noise; of pairs alone.
         hiss_share: share of the examples with a hiss in both tracks, that is not to be removed; of pairs alone.
+        filter_share: share of the examples that are filtered, as if by another microphone; of pairs alone.
         valid_limit: validate on this many recordings, spread evenly over the set; 0 takes all.
         workers: processes that read ahead.
     """
@@ -74,10 +76,16 @@ class DataConfig:
     stride_seconds: float = 1.0
     tempo: tuple[float, float] = (0.9, 1.1)
     tempo_share: float = 0.5
+    pitch_share: float = 0.0
     remix_share: float = 0.0
     hiss_share: float = 0.0
+    filter_share: float = 0.0
     valid_limit: int = 0
     workers: int = 2
+
+
+#: The shares in DataConfig that change pairs alone.
+OF_PAIRS = ("pitch_share", "remix_share", "hiss_share", "filter_share")
 
 
 @dataclass
@@ -230,7 +238,7 @@ def check(config: RunConfig) -> None:
     _require(math.isfinite(hop) and round(hop * SAMPLE_RATE) >= 1, "data.stride_seconds", "positive", hop)
     lowest, highest = data.tempo
     _require(0 < lowest <= highest < math.inf, "data.tempo", "a positive range, lowest first", list(data.tempo))
-    for name in ("tempo_share", "remix_share", "hiss_share"):
+    for name in ("tempo_share", *OF_PAIRS):
         share = getattr(data, name)
         _require(0 <= share <= 1, f"data.{name}", "between 0 and 1", share)
     _require(data.valid_limit >= 0, "data.valid_limit", "0 or more", data.valid_limit)

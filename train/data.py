@@ -11,12 +11,14 @@ from torch.utils.data import Dataset, Sampler
 
 from mvat.audio import SAMPLE_RATE
 from train.mixing import coloured
-from train.tempo import change_tempo
+from train.tempo import change_speed, change_tempo
 
 #: Root mean square below which a noise is not worth making louder: 80 dB below full scale.
 SILENT = 1e-4
 #: Lowest and highest level of a recording's own hiss, dB to its speech.
 HISS = (-60.0, -30.0)
+#: Standard deviation of a microphone's gain, dB.
+FILTER = 3.0
 
 
 class Pair(NamedTuple):
@@ -76,17 +78,20 @@ class Segments(Dataset):
 
     A recording of F samples gives ceil((F - length) / stride) + 1 segments, at least one, that start inside it; what is
     missing at its end is filled with zeros. For a share of the segments the tempo of the clean track is changed and the
-    noise added again; for a share the noise is that of another segment, at the level of its own; for a share both
-    tracks get a steady coloured hiss, so that a recording's own background is not taken for noise.
+    noise added again, in part of them with the pitch, which makes another voice of it; for a share the noise is that of
+    another segment, at the level of its own; for a share both tracks get a steady coloured hiss, so that a recording's
+    own background is not taken for noise; for a share both are filtered, as if by another microphone.
 
     Args:
         pairs: the recordings.
         length, stride: in samples.
         tempo: lowest and highest tempo.
         tempo_share: share of the segments whose tempo is changed.
+        pitch_share: share, of those, whose pitch changes with it.
         remix_share: share of the segments whose noise is another one's (Defossez et al., "Real time speech enhancement
             in the waveform domain", Interspeech 2020, who shuffle the noises of a batch).
         hiss_share: share of the segments with hiss, `HISS` dB to the clean track.
+        filter_share: share of the segments that are filtered.
         seed: of the augmentation.
     """
 
@@ -97,8 +102,10 @@ class Segments(Dataset):
         stride: int,
         tempo: tuple[float, float] = (1.0, 1.0),
         tempo_share: float = 0.0,
+        pitch_share: float = 0.0,
         remix_share: float = 0.0,
         hiss_share: float = 0.0,
+        filter_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         if length < 1 or stride < 1:
@@ -107,7 +114,8 @@ class Segments(Dataset):
             raise ValueError(f"tempo must be a positive range, lowest first, got {tempo}")
         self.pairs, self.length, self.tempo, self.seed = pairs, length, tempo, seed
         self.tempo_share = 0.0 if tempo[0] == tempo[1] == 1 else tempo_share
-        self.remix_share, self.hiss_share = remix_share, hiss_share
+        self.pitch_share, self.remix_share = pitch_share, remix_share
+        self.hiss_share, self.filter_share = hiss_share, filter_share
         self._places = [
             (i, k * stride)
             for i, frames in enumerate(pairs.frames)
@@ -129,12 +137,13 @@ class Segments(Dataset):
         tempo = rng.uniform(*self.tempo) if changed else 1.0
         available = self.pairs.frames[recording] - start
         clean, noisy = self.pairs.read(recording, start, min(math.ceil(self.length * max(tempo, 1)), available))
-        remixed, hissing = rng.random() < self.remix_share, rng.random() < self.hiss_share
-        if not changed and not remixed and not hissing:
+        shares = (self.pitch_share, self.remix_share, self.hiss_share, self.filter_share)
+        pitched, remixed, hissing, filtered = (rng.random() < share for share in shares)
+        if not (changed or remixed or hissing or filtered):
             return self._tensor(clean), self._tensor(noisy)
         noise = (noisy - clean)[: self.length]
         if changed:
-            clean = change_tempo(clean, tempo)
+            clean = change_speed(clean, tempo) if pitched else change_tempo(clean, tempo)
         clean = clean[: self.length]
         # A slower clean track is longer than its noise, which then starts over.
         noise = np.resize(noise, clean.shape)
@@ -143,6 +152,8 @@ class Segments(Dataset):
         if hissing:
             gain = 10 ** (rng.uniform(*HISS) / 20) * np.sqrt(np.square(clean, dtype=np.float64).mean())
             clean = clean + np.float32(gain) * coloured(rng, len(clean), rng.uniform(0, 2))
+        if filtered:
+            clean, noise = _through_a_microphone(rng, clean, noise)
         return self._tensor(clean), self._tensor(clean + noise)
 
     def _another_noise(self, rng: np.random.Generator, noise: np.ndarray) -> np.ndarray:
@@ -162,6 +173,15 @@ class Segments(Dataset):
         samples = samples[: self.length]
         padded[0, : len(samples)] = samples
         return torch.from_numpy(padded)
+
+
+def _through_a_microphone(rng: np.random.Generator, *tracks: np.ndarray) -> Iterator[np.ndarray]:
+    """Tracks of one length through a filter whose gain in dB is smooth over the octaves, `FILTER` its deviation."""
+    octaves = np.log2(np.maximum(np.fft.rfftfreq(len(tracks[0]), 1 / SAMPLE_RATE), 62.5) / 62.5)  # 0 to 7
+    gain = np.interp(octaves, range(8), FILTER * rng.standard_normal(8))
+    for track in tracks:
+        spectrum = np.fft.rfft(track) * 10 ** (gain / 20)
+        yield np.fft.irfft(spectrum, len(track)).astype(np.float32)
 
 
 class EpochSampler(Sampler):

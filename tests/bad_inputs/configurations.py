@@ -138,6 +138,8 @@ VALUES = (
     option("a limit below 0", "--data.valid_limit=-1", "data.valid_limit must be 0 or more|-1"),
     option("a tempo for more than all", "--data.tempo_share 2", "data.tempo_share must be between 0 and 1|2.0"),
     option("noises from more than all", "--data.remix_share 2", "data.remix_share must be between 0 and 1|2.0"),
+    option("more voices than all", "--data.pitch_share 1.5", "data.pitch_share must be between 0 and 1|1.5"),
+    option("microphones of NaN", "--data.filter_share .nan", "data.filter_share must be between 0 and 1|nan"),
     option("hiss in less than none", "--data.hiss_share=-1", "data.hiss_share must be between 0 and 1|-1.0"),
     option("a share of NaN", "--data.tempo_share .nan", "data.tempo_share must be between 0 and 1|nan"),
     option("no hop", "--data.stride_seconds 0", "data.stride_seconds must be positive|0"),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data import ArrayPairs, EpochSampler, FilePairs, Segments
-from train.tempo import change_tempo
+from train.tempo import change_speed, change_tempo
 
 
 def ramp_pairs(*lengths: int) -> ArrayPairs:
@@ -113,10 +113,38 @@ def test_hiss_is_in_both_tracks_and_the_noise_stays():
     assert 8 <= sum(np.array_equal(clean, 0.1 * speech) for clean in drawn) <= 24
 
 
+@pytest.mark.parametrize("speed", [0.8, 1.25])
+def test_speed_changes_pitch_and_length(speed):
+    x = np.sin(2 * np.pi * 400 / 16000 * np.arange(16000)).astype(np.float32)
+    y = change_speed(x, speed)
+    assert y.dtype == np.float32 and abs(len(y) - 16000 / speed) <= 1
+    peak = np.argmax(np.abs(np.fft.rfft(y[:8000] * np.hanning(8000)))) * 2
+    assert peak == pytest.approx(400 * speed, abs=2)
+    pairs = ArrayPairs([("a", x, x + 0.01)])
+    with_pitch = Segments(pairs, 8000, 16000, (speed, speed), 1.0, pitch_share=1.0)[(0, 0)][0].numpy()[0]
+    assert np.corrcoef(with_pitch[1000:7000], change_speed(x[: len(with_pitch) * 2], speed)[1000:7000])[0, 1] > 0.999
+    with pytest.raises(ValueError, match="speed must be positive"):
+        change_speed(x, 0.0)
+
+
+def test_another_microphone_filters_both_tracks_alike():
+    speech, noise = np.random.default_rng(0).standard_normal((2, 16000)).astype(np.float32)
+    segments = Segments(ArrayPairs([("a", speech, speech + 0.1 * noise)]), 16000, 16000, filter_share=1.0)
+    for epoch in range(4):
+        clean, noisy = (track.numpy()[0] for track in segments[(epoch, 0)])
+        by_speech = np.fft.rfft(clean) / np.fft.rfft(speech)
+        by_noise = np.fft.rfft(noisy - clean) / np.fft.rfft(0.1 * noise)
+        np.testing.assert_allclose(by_speech[10:-10], by_noise[10:-10], rtol=0.02)
+        gain = 20 * np.log10(np.abs(by_speech[100:]))
+        assert 0.5 < gain.std() < 8 and np.abs(np.diff(gain)).max() < 0.5
+
+
 @pytest.mark.parametrize("tempo", [0.8, 1.2])
 def test_a_segment_of_another_tempo_can_be_remixed(tempo):
     speech, noise = np.random.default_rng(0).standard_normal((2, 2000)).astype(np.float32)
-    segments = Segments(ArrayPairs([("a", speech, speech + 0.5 * noise)]), 800, 1000, (tempo, tempo), 1.0, 1.0)
+    segments = Segments(
+        ArrayPairs([("a", speech, speech + 0.5 * noise)]), 800, 1000, (tempo, tempo), 1.0, remix_share=1.0
+    )
     for epoch in range(4):
         clean, noisy = (track.numpy()[0] for track in segments[(epoch, 1)])
         assert clean.dtype == noisy.dtype == np.float32
