@@ -47,7 +47,7 @@ FILES = (
     Case("a folder", f"{TEACHER} data", "data: Is a directory"),
     Case("a recording", f"{TEACHER} in.wav", "in.wav|not valid YAML"),
     Case("a checkpoint", f"{TEACHER} best.pt", "best.pt|not valid YAML"),
-    Case("an empty name", f"{TEACHER} ''", "No such file"),
+    Case("an empty name", f"{TEACHER} ''", "--config: the name of the file is empty"),
     Case("no file after --config", f"{TEACHER}", "--config|expected one argument"),
     Case("no options at all", "python -m train.teacher --seed 1", "out|required"),
     Case(
