@@ -6,7 +6,7 @@ it continues the former frame best. Source: Verhelst & Roelands, ICASSP 1993.
 
 import numpy as np
 
-from mvat.audio import SAMPLE_RATE
+from mvat.audio import SAMPLE_RATE, require
 
 _FRAME = 512  # 32 ms at 16 kHz: two periods of a low voice
 _HOP = _FRAME // 2
@@ -39,8 +39,6 @@ def change_tempo(x: np.ndarray, tempo: float) -> np.ndarray:
 
 def change_speed(x: np.ndarray, speed: float) -> np.ndarray:
     """Speech [T] at 16 kHz as a tape played `speed` times as fast, pitch and all: about T / speed samples, float32."""
-    from mvat.audio import require
-
     if not speed > 0:
         raise ValueError(f"speed must be positive, got {speed}")
     return require("soxr").resample(np.asarray(x, np.float32), SAMPLE_RATE * speed, SAMPLE_RATE, quality="HQ")
