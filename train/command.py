@@ -105,12 +105,12 @@ def _check_yaml(file: str, of: type) -> None:
 
 def _check_sections(file: str, content: Mapping[Any, Any], of: type, prefix: str = "") -> None:
     for name, hint in typing.get_type_hints(of).items():
-        section = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+        section = settings.section_of(hint)
         if section is None or typing.get_origin(hint) in (list, dict) or name not in content:
             continue
         value = content[name]
         if isinstance(value, dict):
-            _check_sections(file, value, typing.cast(type, section), f"{prefix}{name}.")
+            _check_sections(file, value, section, f"{prefix}{name}.")
         elif not (value is None and type(None) in typing.get_args(hint)):
             given = "nothing" if value is None else repr(value)
             raise ValueError(f"{file}: {prefix}{name} must be a section of keys and values, got {given}")

@@ -200,15 +200,19 @@ def completed(stored: dict[str, Any], of: type = RunConfig) -> dict[str, Any]:
     """A stored configuration with the defaults of those keys that there were not yet when it was written."""
     full = dict(stored)
     for key in dataclasses.fields(of):
-        section = next(
-            (kind for kind in (key.type, *typing.get_args(key.type)) if dataclasses.is_dataclass(kind)), None
-        )
+        section = section_of(key.type)
         if key.name not in full:
             if key.default is not dataclasses.MISSING:
                 full[key.name] = _plain(key.default)
         elif section is not None and isinstance(full[key.name], dict):
-            full[key.name] = completed(full[key.name], typing.cast(type, section))
+            full[key.name] = completed(full[key.name], section)
     return full
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass that a key's annotation is, or may be; None where it is a plain value."""
+    kinds = (kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind))
+    return typing.cast("type | None", next(kinds, None))
 
 
 def check(config: RunConfig) -> None:

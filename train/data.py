@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from mvat.audio import SAMPLE_RATE
-from train.mixing import coloured
+from train.mixing import coloured, rms
 from train.tempo import change_speed, change_tempo
 
 #: Root mean square below which a noise is not worth making louder: 80 dB below full scale.
@@ -150,7 +150,7 @@ class Segments(Dataset):
         if remixed:
             noise = self._another_noise(rng, noise)
         if hissing:
-            gain = 10 ** (rng.uniform(*HISS) / 20) * np.sqrt(np.square(clean, dtype=np.float64).mean())
+            gain = 10 ** (rng.uniform(*HISS) / 20) * rms(clean)
             clean = clean + np.float32(gain) * coloured(rng, len(clean), rng.uniform(0, 2))
         if filtered:
             clean, noise = _through_a_microphone(rng, clean, noise)
@@ -162,11 +162,9 @@ class Segments(Dataset):
         if self.pairs.frames[recording] - start < len(noise):
             return noise
         clean, noisy = self.pairs.read(recording, start, len(noise))
-        other = (noisy - clean).astype(np.float64)
-        level = np.sqrt(np.square(other).mean())
-        if level < SILENT:
-            return noise
-        return (other * (np.sqrt(np.square(noise.astype(np.float64)).mean()) / level)).astype(np.float32)
+        other = noisy - clean
+        level = rms(other)
+        return noise if level < SILENT else other * np.float32(rms(noise) / level)
 
     def _tensor(self, samples: np.ndarray) -> torch.Tensor:
         padded = np.zeros((1, self.length), np.float32)

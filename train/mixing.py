@@ -28,6 +28,7 @@ __all__ = [
     "minutes_by_split",
     "mix",
     "reverberate",
+    "rms",
     "row",
     "speech_shaped",
     "write_pairs",
@@ -51,10 +52,10 @@ def level(samples: np.ndarray, dbfs: float = SPEECH_LEVEL) -> np.ndarray:
     Raises:
         ValueError: The samples are silent.
     """
-    rms = _rms(samples)
-    if rms == 0:
+    own = rms(samples)
+    if own == 0:
         raise ValueError("silence has no level")
-    return (samples * (10 ** (dbfs / 20) / rms)).astype(np.float32)
+    return (samples * (10 ** (dbfs / 20) / own)).astype(np.float32)
 
 
 def mix(clean: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
@@ -73,7 +74,7 @@ def mix(clean: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
     """
     if clean.shape != noise.shape:
         raise ValueError(f"clean has shape {list(clean.shape)}, noise {list(noise.shape)}: they must be equal")
-    powers = _rms(clean), _rms(noise)
+    powers = rms(clean), rms(noise)
     if 0 in powers:
         raise ValueError("cannot mix at an SNR: the clean signal or the noise is silent")
     return (clean + noise * (powers[0] / powers[1] * 10 ** (-snr / 20))).astype(np.float32)
@@ -168,7 +169,7 @@ def excerpt(rng: np.random.Generator, recording: np.ndarray, frames: int) -> np.
     Raises:
         ValueError: The recording is silent.
     """
-    overall = _rms(recording)
+    overall = rms(recording)
     if overall == 0:
         raise ValueError("the recording is silent")
     if len(recording) < frames:
@@ -177,7 +178,7 @@ def excerpt(rng: np.random.Generator, recording: np.ndarray, frames: int) -> np.
         start = rng.integers(len(recording) - frames + 1)
         part = recording[start : start + frames]
         # Some part of this length reaches the overall level, so the search ends.
-        if _rms(part) > 0.1 * overall:
+        if rms(part) > 0.1 * overall:
             return part
 
 
@@ -266,11 +267,12 @@ def write_pairs(
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} s of audio [{elapsed}<{remaining}]"
 
 
-def _rms(samples: np.ndarray) -> float:
+def rms(samples: np.ndarray) -> float:
+    """The root mean square."""
     return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
 
 
 def _shaped(rng: np.random.Generator, frames: int, magnitude: np.ndarray) -> np.ndarray:
     """Gaussian noise with this magnitude spectrum [frames // 2 + 1], RMS 1."""
     noise = np.fft.irfft(np.fft.rfft(rng.standard_normal(frames)) * magnitude, frames)
-    return (noise / max(_rms(noise), 1e-30)).astype(np.float32)
+    return (noise / max(rms(noise), 1e-30)).astype(np.float32)
