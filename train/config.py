@@ -107,7 +107,7 @@ class OptimConfig:
 
     epochs: int = 350
     batch_size: int = 4
-    loss: Literal["weighted_mrstft", "compressed_spectral"] = "weighted_mrstft"
+    loss: Literal["weighted_mrstft", "perceptual"] = "weighted_mrstft"
     lr: float = 1e-3
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"

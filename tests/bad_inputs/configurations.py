@@ -102,7 +102,7 @@ VALUES = (
     option("a batch of nothing", "--optim.batch_size 0", "optim.batch_size must be at least 1|0"),
     option("a batch larger than the set", "--optim.batch_size 100", "training examples do not fill one batch of 100"),
     option("nothing to accumulate", "--optim.accumulate 0", "optim.accumulate must be at least 1|0"),
-    option("an unknown loss", "--optim.loss l1", "optim.loss|weighted_mrstft|compressed_spectral|l1"),
+    option("an unknown loss", "--optim.loss l1", "optim.loss|weighted_mrstft|perceptual|l1"),
     option("a learning rate of 0", "--optim.lr 0", "optim.lr must be positive|0"),
     option("a learning rate below 0", "--optim.lr=-0.1", "optim.lr must be positive|-0.1"),
     option("a learning rate of NaN", "--optim.lr .nan", "optim.lr must be positive|nan"),

@@ -1,0 +1,39 @@
+"""Signals as the losses take them, and their spectra."""
+
+import torch
+from torch import Tensor
+
+from mvat.kernels.checks import check_features
+
+#: Samples that the longest STFT, of 2048 samples, needs to reflect its padding.
+SHORTEST = 2048 // 2 + 1
+
+
+def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
+    """Signals [B, T] or [B, 1, T] as [B, T], in float32 at least.
+
+    ValueError unless all agree, there is a clip, and they are long enough to be reflected.
+    """
+    clips = []
+    for name, signal in signals.items():
+        is_flat = isinstance(signal, Tensor) and signal.dim() == 2
+        check_features(op, name, signal, ("B", "T") if is_flat else ("B", "1", "T"))
+        if not is_flat and signal.shape[1] != 1:
+            raise ValueError(f"{op}: {name} must have shape [B, T] or [B, 1, T], got {list(signal.shape)}")
+        clip = signal if is_flat else signal[:, 0]
+        clips.append(clip.float() if clip.dtype in (torch.float16, torch.bfloat16) else clip)
+    shapes = {name: list(signal.shape) for name, signal in signals.items()}
+    if len({clip.shape for clip in clips}) > 1:
+        raise ValueError(f"{op}: the signals must have one shape, got {shapes}")
+    devices = {name: str(signal.device) for name, signal in signals.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"{op}: the signals must be on one device, got {devices}")
+    if clips[0].shape[0] < 1 or clips[0].shape[1] < SHORTEST:
+        raise ValueError(f"{op}: the signals must be at least one clip of {SHORTEST} samples, got {shapes}")
+    return clips
+
+
+def spectrum(x: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
+    """The STFT of x [B, T], periodic Hann window, centred, reflect padding: [B, F, frames]."""
+    window = torch.hann_window(window_length, dtype=x.dtype, device=x.device)
+    return torch.stft(x, n_fft, hop, window_length, window, center=True, pad_mode="reflect", return_complex=True)
