@@ -31,12 +31,24 @@ class TeacherConfig:
         model: what is trained.
         seeds: of the teachers to train; by default those of the study. The student of a study's n-th seed learns from
             the n-th teacher, over again where there are fewer.
+        epochs: of its training, in place of run.optim.epochs.
         checkpoint: in place of `model`, a teacher's weights, whatever Manner.from_pretrained takes.
+
+    Raises:
+        ValueError: from `arguments`, for a checkpoint that cannot be read.
     """
 
     model: ModelConfig | None = None
     seeds: list[int] | None = None
+    epochs: int | None = None
     checkpoint: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of its Manner, once all are spelt out."""
+        if self.model is not None:
+            return self.model.arguments
+        return Manner.from_pretrained(str(self.checkpoint)).config
 
 
 @dataclass
@@ -178,8 +190,12 @@ def checked(config: StudyConfig) -> StudyConfig:
         teacher = dataclasses.replace(teacher, model=_resolved("teacher.model", teacher.model))
         if teacher.seeds is not None:
             _check_seeds("teacher.seeds", teacher.seeds)
-    elif teacher.seeds is not None:
-        raise ValueError("teacher.seeds: a teacher.checkpoint is not trained")
+        if teacher.epochs is not None and teacher.epochs < 1:
+            raise ValueError(f"teacher.epochs must be at least 1, got {teacher.epochs}")
+    else:
+        for key in ("seeds", "epochs"):
+            if getattr(teacher, key) is not None:
+                raise ValueError(f"teacher.{key}: a teacher.checkpoint is not trained")
     config = dataclasses.replace(config, teacher=teacher, students=students)
     _check_transfers(config)
     return config
@@ -221,11 +237,7 @@ def _check_method(name: str, method: MethodConfig) -> None:
 
 def _check_transfers(config: StudyConfig) -> None:
     """ValueError unless every method can teach every student: blocks, views, powers."""
-    if config.teacher.checkpoint is not None:
-        arguments = Manner.from_pretrained(config.teacher.checkpoint).config
-    else:
-        assert config.teacher.model is not None
-        arguments = config.teacher.model.arguments
+    arguments = config.teacher.arguments
     with torch.device("meta"):
         teacher, students = Manner(**arguments), [Manner(**student.arguments) for student in config.students]
     for student, model in zip(students, config.students, strict=True):

@@ -88,13 +88,10 @@ class Plan:
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
         self.out = Path(config.out)
-        teacher = config.teacher
-        if teacher.checkpoint is not None:
-            self._teacher_cost = count_flops(Manner.from_pretrained(teacher.checkpoint).config)
-            self.teacher_checkpoints = [Path(teacher.checkpoint)]
+        self._teacher_cost = count_flops(config.teacher.arguments)
+        if config.teacher.checkpoint is not None:
+            self.teacher_checkpoints = [Path(config.teacher.checkpoint)]
         else:
-            assert teacher.model is not None
-            self._teacher_cost = count_flops(teacher.model.arguments)
             self.teacher_checkpoints = [job.folder / "best.pt" for job in self.teachers()]
         self._costs = [count_flops(student.arguments) for student in config.students]
 
@@ -103,24 +100,13 @@ class Plan:
         model, seeds = self.config.teacher.model, self.config.teacher_seeds
         if model is None:
             return []
-        name = model_name(model)
-        return [
-            Job(
-                self._run(
-                    self.out / f"teacher_seed{seed}",
-                    model,
-                    seed,
-                    f"teacher ({name})",
-                    TransferConfig(),
-                ),
-                "teacher",
-                name,
-                self.config.alone,
-                False,
-                3 * self._teacher_cost * self.config.run.optim.epochs,
-            )
-            for seed in seeds
-        ]
+        name, jobs = model_name(model), []
+        for seed in seeds:
+            run = self._run(self.out / f"teacher_seed{seed}", model, seed, f"teacher ({name})", TransferConfig())
+            run = replace(run, optim=replace(run.optim, epochs=self.config.teacher.epochs or run.optim.epochs))
+            cost = 3 * self._teacher_cost * run.optim.epochs
+            jobs.append(Job(run, "teacher", name, self.config.alone, False, cost))
+        return jobs
 
     def trials(self, student: int, method: str) -> dict[float, list[Job]]:
         """Weight -> its trials; empty where there is nothing to choose."""
