@@ -22,6 +22,7 @@ from mvat.losses import (
     perceptual_loss,
     weighted_mrstft_loss,
 )
+from mvat.losses.bark import bark
 from mvat.models import Views
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,6 +93,17 @@ def test_the_perceptual_loss_does_not_depend_on_the_level() -> None:
     signals = [torch.randn(2, 1500, dtype=torch.float64) for _ in range(3)]
     quiet = perceptual_loss(*(0.1 * signal for signal in signals))
     torch.testing.assert_close(quiet, perceptual_loss(*signals), rtol=1e-5, atol=0)
+
+
+def test_the_perceptual_loss_trains_after_inference_and_on_the_meta_device() -> None:
+    """What it keeps between calls must not come from an inference mode or a default device."""
+    bark.cache_clear()
+    signals = [torch.randn(1, 1500) for _ in range(3)]
+    with torch.inference_mode(), torch.device("meta"):
+        perceptual_loss(*signals)
+    estimate = signals[0].requires_grad_()
+    perceptual_loss(estimate, *signals[1:]).backward()
+    assert estimate.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("snr", [0, 10, 20, 30])

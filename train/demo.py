@@ -55,9 +55,6 @@ def prepare(folder: Path, source: str | None) -> Path:
 def train(data: Path, out: Path, name: str, config: str, kind: str, method: str) -> None:
     """One run of the demonstration."""
     arguments = ["--config", str(CONFIGS / config), "--data.path", str(data), "--out", str(out / name)]
-    if data.name == "synthetic":
-        # With MANNER's loss so few steps on generated speech end below the noisy input.
-        arguments += ["--optim.loss", "perceptual"]
     if method != "none":
         arguments += ["--transfer.method", method, "--transfer.teacher", str(out / "teacher" / "best.pt")]
         # In so few steps the default weight lets the maps outvote the speech.

@@ -23,7 +23,7 @@ from typing import Any
 
 from mvat.files import write_text
 from mvat.metrics import PESQ_METRICS, score_files
-from mvat.models import Manner, count_flops
+from mvat.models import count_flops
 from train import command, manifest
 from train.config import ModelConfig, RunConfig, TransferConfig, completed, differences
 from train.evaluate import SCORES_FORMAT, RecordError, evaluate, read_record

@@ -6,14 +6,15 @@ Source: ITU-T Recommendation P.862, whose tables and constants for 16 kHz stand 
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-#: Of each Bark band: how many bins of a spectrum of 512 samples it holds, its centre and width in Bark, the correction of
-#: its power, and the power at the threshold of hearing.
+#: Of each Bark band: how many bins of a spectrum of 512 samples it holds, its centre and width in Bark, the correction
+#: of its power, and the power at the threshold of hearing.
 _BANDS = (
-    (1, 0.078672, 0.157344, 100, 5.12862e+07),
-    (1, 0.316341, 0.317994, 100, 2.45471e+06),
+    (1, 0.078672, 0.157344, 100, 5.12862e07),
+    (1, 0.316341, 0.317994, 100, 2.45471e06),
     (1, 0.636559, 0.322441, 100, 70794.6),
     (1, 0.961246, 0.326934, 100, 4897.79),
     (1, 1.29045, 0.331474, 100, 1174.9),
@@ -98,18 +99,20 @@ class Bark(NamedTuple):
 
 
 @lru_cache
+@torch.inference_mode(False)  # what is kept must serve training too
 def bark(dtype: torch.dtype, device: torch.device) -> Bark:
-    """The constants, made once for a device."""
-    counts, centre, width, correction, threshold = torch.tensor(_BANDS, dtype=torch.float64).T
-    band_of_bin = torch.repeat_interleave(torch.arange(len(_BANDS)), counts.long())
-    bands = torch.zeros(257, len(_BANDS), dtype=torch.float64)
+    """The constants, made once for a device and dtype."""
+    counts, centre, width, correction, threshold = np.array(_BANDS).T
+    band_of_bin = np.repeat(np.arange(len(_BANDS)), counts.astype(int))
+    bands = np.zeros((257, len(_BANDS)))
     # Neither the constant part nor the highest bin is heard.
-    bands[torch.arange(1, 256), band_of_bin[1:]] = _POWER * correction[band_of_bin[1:]]
-    exponent = _ZWICKER * (6 / (centre + 2)).clamp(1, 2) ** 0.15
-    frequency = torch.arange(257, dtype=torch.float64) * torch.pi / 256
-    z = torch.exp(-1j * frequency)
-    pre = ((2.740826 - 5.4816519 * z + 2.740826 * z**2) / (1 - 1.9444777 * z + 0.94597794 * z**2)).abs().square()
-    # A Butterworth band-pass of order 5, by the bilinear transform.
-    low, high, here = (torch.tan(f / 2) for f in (*torch.tensor([325, 3250], dtype=torch.float64) * torch.pi / 8000, frequency))
-    level = 1 / (1 + ((here**2 - low * high) / (here * (high - low))) ** 10)
-    return Bark(*(t.to(device, dtype) for t in (bands, width, threshold, exponent, pre, level)))
+    bands[np.arange(1, 256), band_of_bin[1:]] = _POWER * correction[band_of_bin[1:]]
+    exponent = _ZWICKER * (6 / (centre + 2)).clip(1, 2) ** 0.15
+    frequency = np.arange(257) * np.pi / 256
+    z = np.exp(-1j * frequency)
+    pre = np.abs((2.740826 - 5.4816519 * z + 2.740826 * z**2) / (1 - 1.9444777 * z + 0.94597794 * z**2)) ** 2
+    # A Butterworth band-pass of order 5, by the bilinear transform; it lets nothing of the constant part pass.
+    low, high, here = (np.tan(f / 2) for f in (325 * np.pi / 8000, 3250 * np.pi / 8000, frequency[1:]))
+    level = np.append(0, 1 / (1 + ((here**2 - low * high) / (here * (high - low))) ** 10))
+    constants = (bands, width, threshold, exponent, pre, level)
+    return Bark(*(torch.from_numpy(constant).to(dtype).to(device) for constant in constants))

@@ -19,10 +19,10 @@ def perceptual_loss(estimate: Tensor, clean: Tensor, noisy: Tensor) -> Tensor:
         + 0.9 mean (|X|^c - |Y|^c)^2 + 0.2 mean | |X|^c e^(i arg X) - |Y|^c e^(i arg Y) |^2,   c = 0.3
         + 0.4 `disturbance`(x, y),   then the mean over the batch
 
-    x, y and n are estimate, clean and noisy over noisy's root mean square, X and Y their STFTs of 512 samples every 128,
-    1e-6 added to their squares. The first part is the signal-to-noise ratio, which counts a decibel as much in a mild
-    noise as in a strong one and finds the phase; beyond 30 dB it is content. The second lets weak parts of speech count
-    beside strong ones. The third is nearest to what a listener minds.
+    x, y and n are estimate, clean and noisy over noisy's root mean square, X and Y their STFTs of 512 samples every
+    128, 1e-6 added to their squares. The first part is the signal-to-noise ratio, which counts a decibel as much in a
+    mild noise as in a strong one and finds the phase; beyond 30 dB it is content. The second lets weak parts of speech
+    count beside strong ones. The third is nearest to what a listener minds.
 
     Args:
         estimate, clean, noisy: audio [B, T] or [B, 1, T] at 16 kHz, at least 1025 samples.
@@ -44,9 +44,9 @@ def disturbance(estimate: Tensor, clean: Tensor) -> Tensor:
 
         0.1 D + 0.0309 A
 
-    D is the difference of loudness, beyond a dead zone, over Bark bands; A the same where the estimate adds what is not in
-    the speech, which annoys more. Both are pooled over 20 frames of 32 ms with the power 6, then over time with the power
-    2. PESQ is 0.999 + 4 / (1 + exp(1.3669 (disturbance - 4.5) + 3.8224)), for whole utterances.
+    D is the difference of loudness, beyond a dead zone, over Bark bands; A the same where the estimate adds what is not
+    in the speech, which annoys more. Both are pooled over 20 frames of 32 ms with the power 6, then over time with the
+    power 2. PESQ is about 0.999 + 4 / (1 + exp(1.3669 (disturbance - 4.5) + 3.8224)), for whole utterances.
 
     Args:
         estimate, clean: audio [B, T] or [B, 1, T] at 16 kHz, at least 1025 samples.
@@ -120,7 +120,7 @@ def _over_bands(disturbance: Tensor, power: int, model: Bark) -> Tensor:
 
 
 def _over_time(disturbance: Tensor) -> Tensor:
-    """Disturbances [B, frames] as one a clip: the power 6 over 20 frames, half of them overlapping, then the power 2."""
+    """Disturbances [B, frames] as one a clip: power 6 over 20 frames, half of them overlapping, then power 2: [B]."""
     length = min(20, disturbance.shape[1])
     parts = disturbance.clamp(max=45).unfold(1, length, 10)
     parts = torch.linalg.vector_norm(parts, 6, dim=2) / length ** (1 / 6)

@@ -57,6 +57,12 @@ STUDIES = (
     more("a number as run", "run: 3\n", "more.yaml: run must be a section of keys and values|3"),
     more("nothing as teacher", "teacher:\n", "more.yaml: teacher must be a section of keys and values|nothing"),
     more("nothing as a number", "run: {optim: {batch_size: null}}\n", "run.optim.batch_size must be int|None"),
+    option("a teacher that does not learn", "--teacher.epochs 0", "teacher.epochs must be at least 1|0"),
+    more(
+        "epochs for a teacher that is there",
+        "teacher: {model: null, checkpoint: best.pt, epochs: 3}\n",
+        "teacher.epochs: a teacher.checkpoint is not trained",
+    ),
     more("two teachers", "teacher: {checkpoint: best.pt}\n", "name either teacher.model|teacher.checkpoint"),
     more("a teacher that is not there", "teacher: {model: null, checkpoint: gone.pt}\n", "gone.pt does not exist"),
     more("an unknown preset", "students: [{preset: huge}]\n", "students[0]: model.preset must be one of base|'huge'"),

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def settings(data, out):
     return {
         "out": str(out),
-        "teacher": {"model": {"arguments": {"hidden": 7, "depth": 1}}, "seeds": [0]},
+        "teacher": {"model": {"arguments": {"hidden": 7, "depth": 1}}, "seeds": [0], "epochs": 3},
         "students": [TINY],
         "methods": {"none": {"method": "none"}, "mvat": {"method": "mvat", "weights": [0.01, 0.1]}},
         "trials": {"epochs": 1},
@@ -82,12 +82,14 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     assert "run 1 of 7: teacher (hidden7-depth1), seed 0" in shown
     assert "run 3 of 7: trial of student (hidden6-depth1), mvat, weight 0.1, seed 0" in shown and " left" in shown
     assert "run 7 of 7" in shown and "Like quality: the smallest student" in shown
-    assert len(epochs) == len(set(epochs)) == 12
+    assert len(epochs) == len(set(epochs)) == 13
     content = json.loads((out / "study.json").read_text())
-    assert content["complete"] and {run["steps"] for run in content["runs"]} == {None, content["runs"][1]["steps"]}
+    an_epoch = content["runs"][1]["steps"] // 3  # of the teacher, that learns for longer
+    assert content["complete"] and an_epoch
+    assert [run["steps"] for run in content["runs"]] == [None, 3 * an_epoch] + [2 * an_epoch] * 4
     before = (out / "study.json").read_text()
     assert study.main(command) == 0
-    assert "run " not in capsys.readouterr().out and len(epochs) == 12
+    assert "run " not in capsys.readouterr().out and len(epochs) == 13
     assert (out / "study.json").read_text() == before
     for name in ("study.md", "intervals.svg", "curves.svg", "quality.svg"):
         assert (out / name).stat().st_size > 500
