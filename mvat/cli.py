@@ -22,15 +22,11 @@ if TYPE_CHECKING:
     from mvat.models import Manner
 
 SUFFIXES = (".wav", ".flac")
-_NEED_A_MODEL = (
-    "no model is given and none is shipped: --checkpoint PATH takes a trained one (`make demo` in mvat's source "
-    "folder trains one in minutes, `python -m train.teacher --help` tells how to train on your own data)"
-)
 _EPILOG = """\
 examples:
-  mvat enhance noisy.wav -o enhanced.wav --checkpoint runs/demo/student
-  mvat enhance recordings/ more/a.flac -o enhanced/ --checkpoint best.pt --device cuda
-  mvat enhance lecture.flac -o enhanced.flac --checkpoint best.pt --window 20
+  mvat enhance noisy.wav -o enhanced.wav
+  mvat enhance recordings/ more/a.flac -o enhanced/ --device cuda
+  mvat enhance lecture.flac -o enhanced.flac --checkpoint runs/demo/student --window 20
   mvat info --preset s-8.1gf --seconds 10
   mvat export --checkpoint best.pt --format onnx -o model.onnx
   mvat doctor
@@ -152,7 +148,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="a model's folder, a run folder, a .pt or .pth file, or a name on the Hugging Face hub",
+        help="a model's folder, a run folder, a .pt or .pth file, or a name on the Hugging Face hub "
+        "(default: the student that comes with mvat)",
     )
     model.add_argument("--preset", metavar="NAME", help="untrained weights, for timing and trying the plumbing only")
 
@@ -348,7 +345,7 @@ def _model(arguments: argparse.Namespace) -> "Manner":
             file=sys.stderr,
         )
     else:
-        raise ValueError(_NEED_A_MODEL)
+        model = Manner.from_pretrained()
     return model.to("cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -324,7 +324,6 @@ def test_a_run_folder_and_its_file_are_checkpoints(run, checkpoint: Path, tmp_pa
 def test_presets_are_untrained_and_say_so(tmp_path: Path, capsys) -> None:
     source, out = record(tmp_path / "a.wav", frames=200), tmp_path / "out"
     command = ["enhance", str(source), "-o", str(out)]
-    refused((cli.main(command), *capsys.readouterr()), "--checkpoint", "make demo")
     refused((cli.main([*command, "--preset", "huge"]), *capsys.readouterr()), "base, large, small", "'huge'")
     refused((cli.main([*command, "--preset", "base", "--checkpoint", "x"]), *capsys.readouterr()), "not allowed with")
     assert not out.exists()
@@ -410,7 +409,7 @@ print(json.dumps(sorted({"torch", "numpy", "soundfile", "soxr", "tqdm"} & set(sy
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert json.loads(lines[-1]) == [] and lines[-2] == f"mvat {mvat.__version__}"
-    assert "mvat enhance noisy.wav -o enhanced.wav --checkpoint" in result.stdout
+    assert "mvat enhance noisy.wav -o enhanced.wav\n" in result.stdout
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def check(wheel: Path, folder: Path) -> None:
     if f"loaded from {folder / 'venv'}" not in report or not re.search(r"^attention_map +fused", report, re.MULTILINE):
         raise SystemExit("wheel: the fused kernels of the wheel are not in use")
     run(python, "-c", MAKE)
+    run(mvat, "enhance", "noisy.wav", "-o", "shipped.wav")
     run(mvat, "enhance", "noisy.wav", "-o", "enhanced.wav", "--checkpoint", "model")
     for form in ("pt2", "aoti"):
         run(mvat, "export", "--checkpoint", "model", "--format", form, "-o", f"{form}.pt2")

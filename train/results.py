@@ -1,6 +1,6 @@
 """Committed results: an experiment's scores as one small JSON file, and the table that README shows of it.
 
-    python -m train.results save runs/small docs/results/small.json     one file from an experiment's or study's folder
+    python -m train.results save runs/demo docs/results/demo.json       one file from an experiment's or study's folder
     python -m train.results readme README.md                            renew README's tables from the files it names
     python -m train.results check README.md                             1 if a table is not what its file says
 

@@ -219,13 +219,13 @@ class Manner(nn.Module):
         return cls(**PRESETS[name])
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> "Manner":
+    def from_pretrained(cls, source: str | Path = pretrained.SHIPPED) -> "Manner":
         """A model with its weights, in evaluation mode.
 
         Args:
-            source: a folder with config.json and model.safetensors (`save_pretrained`); a file of weights, either a
-                checkpoint of `train/` or an official one ({"state_dict": ...}, the architecture read off the weights);
-                or a name on the Hugging Face hub.
+            source: by default the student that comes with mvat; else a folder with config.json and model.safetensors
+                (`save_pretrained`); a file of weights, either a checkpoint of `train/` or an official one
+                ({"state_dict": ...}, the architecture read off the weights); or a name on the Hugging Face hub.
 
         Raises:
             FileNotFoundError: if a path does not exist and is no hub name either.
@@ -241,9 +241,19 @@ class Manner(nn.Module):
         model.to_empty(device="cpu").load_state_dict(state)
         return model.eval()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into the folder, which is made if it does not exist."""
-        pretrained.save(folder, self.config, self.state_dict())
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors into the folder, which is made if it does not exist.
+
+        Args:
+            folder: where to write.
+            dtype: what to keep the matrices in, such as torch.float16 for half the size; None keeps theirs. Loading
+                gives float32 again.
+
+        Raises:
+            TypeError, ValueError: for a dtype that is none of float16, bfloat16, float32 and float64, or too narrow for
+                a weight; nothing is written.
+        """
+        pretrained.save(folder, self.config, self.state_dict(), dtype)
 
     def forward(
         self,

@@ -15,6 +15,10 @@ from mvat.files import replacing
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+#: What matrices may be stored in.
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: The student that comes with the package; its card lies beside it.
+SHIPPED = Path(__file__).parents[1] / "weights" / "s-8.1gf"
 
 
 def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -33,10 +37,16 @@ def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     return _load_folder(_download(source))
 
 
-def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write both files under temporary names, then rename them, so that a failure leaves the former ones whole."""
+def save(
+    folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write both files under temporary names, then rename them, so that a failure leaves the former ones whole.
+
+    With a dtype the matrices are written in it; vectors (biases, norms and their statistics) keep their own.
+    """
     from safetensors.torch import save as packed
 
+    tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +56,22 @@ def save(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tens
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with replacing(settings) as new_settings, replacing(weights) as new_weights:
         # Its own way of writing files lets nobody but their owner read them.
-        new_weights.write_bytes(packed({name: value.detach().cpu().contiguous() for name, value in state.items()}))
+        new_weights.write_bytes(packed(tensors))
         new_settings.write_text(text + "\n")
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"save_pretrained: dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in STORED:
+        raise ValueError(f"save_pretrained: dtype must be one of {', '.join(map(str, STORED))}, got {dtype}")
+    value = value.detach().cpu().contiguous()
+    if dtype is None or value.dim() < 2:
+        return value
+    stored = value.to(dtype)
+    if not torch.equal(torch.isfinite(stored), torch.isfinite(value)):
+        raise ValueError(f"save_pretrained: {name} holds values up to {value.abs().max():.3g}, too large for {dtype}")
+    return stored
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -119,7 +119,6 @@ def model(given: str, words: str, make: Callable[[Path], object]) -> Case:
 
 
 CHECKPOINTS = (
-    Case("none", "mvat enhance in.wav -o out.wav", "no model is given|--checkpoint PATH"),
     Case("a file that is not there", f"{ENHANCE} gone.pt", "gone.pt does not exist"),
     Case("a folder that is not there", f"{ENHANCE} runs/gone/deep", "runs/gone/deep does not exist"),
     Case("an empty name", f"{ENHANCE} ''", "name is empty"),
@@ -239,6 +238,17 @@ FOLDERS = (
         "precious.txt|is a file",
         error=FileExistsError,
     ),
+    Case(
+        "weights stored as integers",
+        "mvat.Manner(hidden=6, depth=1).save_pretrained('model', dtype=torch.int8)",
+        "dtype|torch.float16|torch.int8",
+    ),
+    Case(
+        "weights stored by the name of a dtype",
+        "mvat.Manner(hidden=6, depth=1).save_pretrained('model', dtype='float16')",
+        "dtype|str",
+        error=TypeError,
+    ),
     Case("a number as model to read", "mvat.Manner.from_pretrained(3)", "source|int", error=TypeError),
     Case("nothing as model to read", "mvat.Manner.from_pretrained(None)", "source|NoneType", error=TypeError),
     Case("an empty name to read", "mvat.Manner.from_pretrained('')", "name is empty", error=ValueError),
@@ -266,7 +276,6 @@ EXPORTS = (
     Case("a file that exists", f"{EXPORT} --format pt2 -o m.pt2", "m.pt2 exists|--overwrite", written("x", "m.pt2")),
     Case("below a file", f"{EXPORT} --format pt2 -o in.wav/m.pt2", "the folder in.wav does not exist"),
     Case("a name of 300 letters", f"{EXPORT} --format pt2 -o {'n' * 300}.pt2", "name too long"),
-    Case("no model", "mvat export --format pt2 -o m.pt2", "no model is given"),
     Case(
         "a model that is not there", "mvat export --format pt2 -o m.pt2 --checkpoint gone.pt", "gone.pt does not exist"
     ),

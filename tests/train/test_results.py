@@ -13,8 +13,9 @@ def system(label, kind, *means):
     return {"label": label, "kind": kind, "method": "none", "parameters": 1_119_271, "gflops": 8.059, "runs": runs}
 
 
-def test_readme_holds_the_tables_of_its_committed_results(capsys):
-    assert results.main(["check", str(REPO / "README.md")]) == 0, capsys.readouterr().err
+@pytest.mark.parametrize("page", ["README.md", "mvat/weights/s-8.1gf/README.md"])
+def test_pages_hold_the_tables_of_their_committed_results(page, capsys):
+    assert results.main(["check", str(REPO / page)]) == 0, capsys.readouterr().err
 
 
 def test_a_table_shows_mean_and_spread_and_what_is_missing(tmp_path):
