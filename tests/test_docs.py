@@ -19,8 +19,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from mvat import audio, losses
+from mvat import audio
 from mvat.cli import _parser
+from mvat.losses import transfer
 from mvat.models import Manner
 from mvat.models import blocks as blocks_module
 from train import study_config
@@ -88,7 +89,7 @@ def test_the_code_of_a_page_runs(page: Path, scene: dict[str, object]) -> None:
         torch.set_default_dtype(dtype)
 
 
-@pytest.mark.parametrize("module", [blocks_module, losses], ids=["blocks", "losses"])
+@pytest.mark.parametrize("module", [blocks_module, transfer], ids=["blocks", "transfer"])
 def test_the_examples_in_docstrings_run(module: ModuleType) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted and not result.failed

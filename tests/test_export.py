@@ -129,7 +129,6 @@ def test_a_request_that_cannot_be_met_is_one_line(checkpoint: Path, tmp_path: Pa
         ((*source, "--format", "pt2", "-o", tmp_path / "no" / "a.pt2"), (f"the folder {tmp_path / 'no'} does not",)),
         ((*source, "--format", "onnx", "-o", tmp_path / "folder.onnx", "--overwrite"), ("is a folder",)),
         (("--preset", "huge", "--format", "pt2", "-o", tmp_path / "a.pt2"), ("s-8.1gf", "'huge'")),
-        (("--format", "pt2", "-o", tmp_path / "a.pt2"), ("--checkpoint",)),
         ((*source, "--format", "pt2", "-o", tmp_path / "a.pt2", "--seconds", "0"), ("'0'",)),
         ((*source, "-o", tmp_path / "a.pt2"), ("--format",)),
     )

@@ -242,6 +242,7 @@ FOLDERS = (
         "weights stored as integers",
         "mvat.Manner(hidden=6, depth=1).save_pretrained('model', dtype=torch.int8)",
         "dtype|torch.float16|torch.int8",
+        error=ValueError,
     ),
     Case(
         "weights stored by the name of a dtype",
