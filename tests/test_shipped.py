@@ -12,8 +12,6 @@ from mvat import audio, cli
 from mvat.metrics import score
 from mvat.models.pretrained import SHIPPED
 
-REPO = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def student() -> mvat.Manner:

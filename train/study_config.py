@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +34,6 @@ class TeacherConfig:
             the n-th teacher, over again where there are fewer.
         epochs: of its training, in place of run.optim.epochs.
         checkpoint: in place of `model`, a teacher's weights, whatever Manner.from_pretrained takes.
-
-    Raises:
-        ValueError: from `arguments`, for a checkpoint that cannot be read.
     """
 
     model: ModelConfig | None = None
@@ -43,9 +41,9 @@ class TeacherConfig:
     epochs: int | None = None
     checkpoint: str | None = None
 
-    @property
+    @cached_property  # a checkpoint is read whole
     def arguments(self) -> dict[str, Any]:
-        """Those of its Manner, once all are spelt out."""
+        """Those of its Manner, once all are spelt out; ValueError for a checkpoint that cannot be read."""
         if self.model is not None:
             return self.model.arguments
         return Manner.from_pretrained(str(self.checkpoint)).config

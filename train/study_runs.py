@@ -102,8 +102,8 @@ class Plan:
             return []
         name, jobs = model_name(model), []
         for seed in seeds:
-            run = self._run(self.out / f"teacher_seed{seed}", model, seed, f"teacher ({name})", TransferConfig())
-            run = replace(run, optim=replace(run.optim, epochs=self.config.teacher.epochs or run.optim.epochs))
+            folder, label, epochs = self.out / f"teacher_seed{seed}", f"teacher ({name})", self.config.teacher.epochs
+            run = self._run(folder, model, seed, label, TransferConfig(), epochs)
             cost = 3 * self._teacher_cost * run.optim.epochs
             jobs.append(Job(run, "teacher", name, self.config.alone, False, cost))
         return jobs
@@ -145,15 +145,18 @@ class Plan:
             folder = self.out / "trials" / f"{name}_{method}_w{weight:g}_seed{seed}"
         else:
             folder = self.out / f"student_{name}_{method}_seed{seed}"
-        run = self._run(folder, model, seed, label, transfer)
-        if trial:
-            run = replace(run, optim=replace(run.optim, epochs=config.trials.epochs))
+        run = self._run(folder, model, seed, label, transfer, config.trials.epochs if trial else None)
         # A backward pass costs twice its forward pass; the teacher has none.
         a_step = 3 * self._costs[student] + (0 if way.method == "none" else self._teacher_cost)
         return Job(run, "student", name, method, trial, a_step * run.optim.epochs)
 
-    def _run(self, folder: Path, model: ModelConfig, seed: int, label: str, transfer: TransferConfig) -> RunConfig:
-        return replace(self.config.run, out=str(folder), model=model, transfer=transfer, seed=seed, label=label)
+    def _run(
+        self, folder: Path, model: ModelConfig, seed: int, label: str, transfer: TransferConfig, epochs: int | None
+    ) -> RunConfig:
+        """A run of the study, of as many epochs as all or of others."""
+        run = self.config.run
+        optim = replace(run.optim, epochs=epochs or run.optim.epochs)
+        return replace(run, out=str(folder), model=model, optim=optim, transfer=transfer, seed=seed, label=label)
 
 
 class Runner:

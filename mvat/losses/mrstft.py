@@ -3,17 +3,15 @@
 import torch
 from torch import Tensor
 
-from mvat.losses.signals import as_clips, spectrum
+from mvat.losses.signals import RESOLUTIONS, as_clips, power, spectrum
 
-#: n_fft, hop and window length of the three STFTs, in samples at 16 kHz.
-RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 #: The spectral part's weight, of each resolution.
 _HALF_MEAN = 0.5 / len(RESOLUTIONS)
 
 
 def _spectral_distance(estimate: Tensor, target: Tensor) -> Tensor:
     """Spectral convergence and the mean difference of log magnitudes of two spectra [B, F, frames]: [B]."""
-    x, y = ((s.real.square() + s.imag.square()).clamp(min=1e-7).sqrt() for s in (estimate, target))
+    x, y = (power(s).clamp(min=1e-7).sqrt() for s in (estimate, target))
     convergence = torch.linalg.vector_norm(y - x, dim=(1, 2)) / torch.linalg.vector_norm(y, dim=(1, 2))
     return convergence + (y.log() - x.log()).abs().mean((1, 2))
 

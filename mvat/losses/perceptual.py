@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mvat.losses.bark import Bark, bark
-from mvat.losses.signals import as_clips, spectrum
+from mvat.losses.signals import as_clips, power, spectrum
 
 #: The exponent of compressed spectra, and what keeps its derivative finite where a spectrum is zero.
 _COMPRESSION, _FLOOR = 0.3, 1e-6
@@ -71,11 +71,10 @@ def _compressed_distance(x: Tensor, y: Tensor) -> Tensor:
     """The middle part of `perceptual_loss`: [B]."""
     spectra = [spectrum(signal, 512, 128, 512) for signal in (x, y)]
     # The floor within the power, not beside it: |X|^c has no derivative at 0.
-    power = [s.real.square() + s.imag.square() + _FLOOR for s in spectra]
-    magnitude = [p.pow(_COMPRESSION / 2) for p in power]
-    compressed = [s * p.pow((_COMPRESSION - 1) / 2) for s, p in zip(spectra, power, strict=True)]
-    difference = compressed[0] - compressed[1]
-    phase = (difference.real.square() + difference.imag.square()).mean((1, 2))
+    powers = [power(s) + _FLOOR for s in spectra]
+    magnitude = [p.pow(_COMPRESSION / 2) for p in powers]
+    compressed = [s * p.pow((_COMPRESSION - 1) / 2) for s, p in zip(spectra, powers, strict=True)]
+    phase = power(compressed[0] - compressed[1]).mean((1, 2))
     return 0.9 * (magnitude[0] - magnitude[1]).square().mean((1, 2)) + 0.2 * phase
 
 
@@ -84,15 +83,15 @@ def _disturbance(x: Tensor, y: Tensor) -> Tensor:
     model = bark(x.dtype, x.device)
     degraded, reference = _band_power(x, model), _band_power(y, model)
     # A filter's effect on the whole clip and slow changes of level are forgiven in part.
-    heard = (model.audible(reference, 100).sum(2, keepdim=True) >= 1e7) * (1 / reference.shape[1])
-    mean = [(model.audible(power, 100) * heard).sum(1, keepdim=True) + 1000 for power in (degraded, reference)]
+    heard = model.audible(reference, 100).sum(2, keepdim=True) >= 1e7
+    mean = [(model.audible(bands, 100) * heard).mean(1, keepdim=True) + 1000 for bands in (degraded, reference)]
     reference = reference * (mean[0] / mean[1]).clamp(0.01, 100)
-    level = [model.audible(power).sum(2) for power in (reference, degraded)]
+    level = [model.audible(bands).sum(2) for bands in (reference, degraded)]
     ratio = (level[0] + 5e3) / (level[1] + 5e3)
     ratio = torch.cat([ratio[:, :1], 0.8 * ratio[:, 1:] + 0.2 * ratio[:, :-1]], 1).clamp(3e-4, 5)
     degraded = ratio[:, :, None] * degraded
 
-    loud = [model.loudness(power) for power in (degraded, reference)]
+    loud = [model.loudness(bands) for bands in (degraded, reference)]
     difference = loud[0] - loud[1]
     difference = difference.sign() * (difference.abs() - 0.25 * torch.minimum(*loud)).clamp(min=0)
     added = ((degraded + 50) / (reference + 50)) ** 1.2
@@ -105,18 +104,16 @@ def _disturbance(x: Tensor, y: Tensor) -> Tensor:
 
 def _band_power(x: Tensor, model: Bark) -> Tensor:
     """The power [B, frames, 49] of clips [B, T] in Bark bands, at the level that P.862 calibrates its model for."""
-    window = torch.hann_window(512, dtype=x.dtype, device=x.device)
-    frames = torch.stft(x, 512, 256, 512, window, center=False, return_complex=True).transpose(1, 2)
-    power = frames.real.square() + frames.imag.square()
+    bins = power(spectrum(x, 512, 256, 512, center=False).transpose(1, 2))
     # By Parseval; 384 is the sum of two windows' squares, and P.862 divides by a little more than the length.
-    level = 2 * (power * model.level).sum((1, 2)) / (384 * 1.04684 * (x.shape[1] + 5120))
-    return (power * model.pre) @ model.bands * (1e7 / (level + _QUIET))[:, None, None]
+    level = 2 * (bins * model.level).sum((1, 2)) / (384 * 1.04684 * (x.shape[1] + 5120))
+    return (bins * model.pre) @ model.bands * (1e7 / (level + _QUIET))[:, None, None]
 
 
-def _over_bands(disturbance: Tensor, power: int, model: Bark) -> Tensor:
+def _over_bands(disturbance: Tensor, order: int, model: Bark) -> Tensor:
     """The norm of the disturbances [B, frames, 49] over all bands but the lowest, weighted by their widths."""
     total = model.width[1:].sum()
-    return total ** (1 - 1 / power) * torch.linalg.vector_norm(model.width[1:] * disturbance[:, :, 1:], power, dim=2)
+    return total ** (1 - 1 / order) * torch.linalg.vector_norm(model.width[1:] * disturbance[:, :, 1:], order, dim=2)
 
 
 def _over_time(disturbance: Tensor) -> Tensor:

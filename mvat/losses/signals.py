@@ -5,8 +5,10 @@ from torch import Tensor
 
 from mvat.kernels.checks import check_features
 
-#: Samples that the longest STFT, of 2048 samples, needs to reflect its padding.
-SHORTEST = 2048 // 2 + 1
+#: n_fft, hop and window length of MANNER's three STFTs, in samples at 16 kHz; they include the longest of all losses.
+RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+#: Samples that the longest STFT needs to reflect its padding.
+SHORTEST = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
 
 
 def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
@@ -33,7 +35,12 @@ def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
     return clips
 
 
-def spectrum(x: Tensor, n_fft: int, hop: int, window_length: int) -> Tensor:
-    """The STFT of x [B, T], periodic Hann window, centred, reflect padding: [B, F, frames]."""
+def spectrum(x: Tensor, n_fft: int, hop: int, window_length: int, center: bool = True) -> Tensor:
+    """The STFT of x [B, T], periodic Hann window, by default centred with reflect padding: [B, F, frames]."""
     window = torch.hann_window(window_length, dtype=x.dtype, device=x.device)
-    return torch.stft(x, n_fft, hop, window_length, window, center=True, pad_mode="reflect", return_complex=True)
+    return torch.stft(x, n_fft, hop, window_length, window, center, pad_mode="reflect", return_complex=True)
+
+
+def power(spectrum: Tensor) -> Tensor:
+    """The squared magnitude of a complex spectrum, of a finite gradient where it is zero."""
+    return spectrum.real.square() + spectrum.imag.square()

@@ -46,6 +46,10 @@ def save(
     """
     from safetensors.torch import save as packed
 
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"save_pretrained: dtype must be a torch.dtype or None, got {type(dtype).__name__}")
+    if dtype is not None and dtype not in STORED:
+        raise ValueError(f"save_pretrained: dtype must be one of {', '.join(map(str, STORED))}, got {dtype}")
     tensors = {name: _stored(name, value, dtype) for name, value in state.items()}
     folder = Path(folder)
     try:
@@ -61,10 +65,7 @@ def save(
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"save_pretrained: dtype must be a torch.dtype or None, got {type(dtype).__name__}")
-    if dtype is not None and dtype not in STORED:
-        raise ValueError(f"save_pretrained: dtype must be one of {', '.join(map(str, STORED))}, got {dtype}")
+    """What is written of one tensor; ValueError where the dtype cannot hold its values."""
     value = value.detach().cpu().contiguous()
     if dtype is None or value.dim() < 2:
         return value
