@@ -1,14 +1,16 @@
-"""The hearing model of wide-band PESQ: loudness over time and Bark bands.
+"""The hearing model of wide-band PESQ: filters, loudness over time and Bark bands.
 
-Source: ITU-T Recommendation P.862, whose tables and constants for 16 kHz stand here.
+Source: ITU-T Recommendations P.862 and P.862.2, whose tables and constants for 16 kHz stand here.
 """
 
-from functools import lru_cache
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mvat.losses.signals import power, spectrum
 
 #: Of each Bark band: how many bins of a spectrum of 512 samples it holds, its centre and width in Bark, the correction
 #: of its power, and the power at the threshold of hearing.
@@ -69,6 +71,14 @@ _POWER, _LOUDNESS = 6.910853e-06, 1.866055e-01
 _ZWICKER = 0.23
 
 
+_COUNTS, _CENTRE, _WIDTH, _CORRECTION, _THRESHOLD = np.array(_BANDS).T
+#: [257, 49] the power of a band from that of the bins; neither the constant part nor the highest bin is heard.
+_OF_BINS = np.zeros((257, len(_BANDS)))
+_OF_BINS[np.arange(1, 256), np.repeat(np.arange(49), _COUNTS.astype(int))[1:]] = 1
+_OF_BINS *= _POWER * _CORRECTION
+_EXPONENT = _ZWICKER * (6 / (_CENTRE + 2)).clip(1, 2) ** 0.15
+
+
 class Bark(NamedTuple):
     """The constants of the model on one device.
 
@@ -77,16 +87,16 @@ class Bark(NamedTuple):
         width: [49] in Bark.
         threshold: [49] power at the threshold of hearing.
         exponent: [49] of loudness over power.
-        pre: [257] the squared magnitude of the filter before the model.
-        level: [257] the squared magnitude of the band-pass, 325 to 3250 Hz, by which levels are compared.
     """
 
     bands: Tensor
     width: Tensor
     threshold: Tensor
     exponent: Tensor
-    pre: Tensor
-    level: Tensor
+
+    def power(self, x: Tensor) -> Tensor:
+        """The power [B, frames, 49] in Bark bands of clips [B, T], in frames of 512 samples every 256."""
+        return power(spectrum(x, 512, 256, 512, center=False).transpose(1, 2)) @ self.bands
 
     def audible(self, power: Tensor, factor: float = 1.0) -> Tensor:
         """The power [..., 49], with 0 for a band not above `factor` times the threshold of hearing."""
@@ -98,21 +108,24 @@ class Bark(NamedTuple):
         return _LOUDNESS * (2 * self.threshold) ** self.exponent * rise.clamp(min=0)
 
 
-@lru_cache
-@torch.inference_mode(False)  # what is kept must serve training too
 def bark(dtype: torch.dtype, device: torch.device) -> Bark:
-    """The constants, made once for a device and dtype."""
-    counts, centre, width, correction, threshold = np.array(_BANDS).T
-    band_of_bin = np.repeat(np.arange(len(_BANDS)), counts.astype(int))
-    bands = np.zeros((257, len(_BANDS)))
-    # Neither the constant part nor the highest bin is heard.
-    bands[np.arange(1, 256), band_of_bin[1:]] = _POWER * correction[band_of_bin[1:]]
-    exponent = _ZWICKER * (6 / (centre + 2)).clip(1, 2) ** 0.15
-    frequency = np.arange(257) * np.pi / 256
-    z = np.exp(-1j * frequency)
-    pre = np.abs((2.740826 - 5.4816519 * z + 2.740826 * z**2) / (1 - 1.9444777 * z + 0.94597794 * z**2)) ** 2
-    # A Butterworth band-pass of order 5, by the bilinear transform; it lets nothing of the constant part pass.
-    low, high, here = (np.tan(f / 2) for f in (325 * np.pi / 8000, 3250 * np.pi / 8000, frequency[1:]))
-    level = np.append(0, 1 / (1 + ((here**2 - low * high) / (here * (high - low))) ** 10))
-    constants = (bands, width, threshold, exponent, pre, level)
-    return Bark(*(torch.from_numpy(constant).to(dtype).to(device) for constant in constants))
+    """The constants; made anew by every call, since what is kept from one mode of PyTorch cannot serve in another."""
+    return Bark(*(torch.as_tensor(c, dtype=dtype, device=device) for c in (_OF_BINS, _WIDTH, _THRESHOLD, _EXPONENT)))
+
+
+def filtered(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Clips [B, T] as the model hears them, and their level [B], the power between 350 and 3250 Hz.
+
+    What it hears is the clip behind P.862.2's filter, which takes away rumble; the level is P.862's, over a length to
+    which it adds 0.32 s of silence.
+    """
+    frames = x.shape[1]
+    size = frames + 1024  # by then the filter has died down to 1e-12
+    bins = torch.fft.rfft(x, size)
+    index = torch.arange(size // 2 + 1, dtype=x.dtype, device=x.device)
+    hertz, z = index * (16000 / size), torch.polar(torch.ones_like(index), index * (-2 * math.pi / size))
+    # Beside its band 10 dB less a hertz below and 2 above.
+    decibel = torch.minimum(10 * (hertz - 350), 2 * (3250 - hertz)).clamp(-300, 0)
+    level = 2 / size * (power(bins) * 10 ** (decibel / 10)).sum(1) / (frames + 5120)
+    response = (2.740826 - 5.4816519 * z + 2.740826 * z**2) / (1 - 1.9444777 * z + 0.94597794 * z**2)
+    return torch.fft.irfft(bins * response, size)[:, :frames], level

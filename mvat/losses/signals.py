@@ -12,7 +12,7 @@ SHORTEST = max(n_fft for n_fft, _, _ in RESOLUTIONS) // 2 + 1
 
 
 def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
-    """Signals [B, T] or [B, 1, T] as [B, T], in float32 at least.
+    """Signals [B, T] or [B, 1, T] as [B, T], all in float64 if one is, else in float32.
 
     ValueError unless all agree, there is a clip, and they are long enough to be reflected.
     """
@@ -22,8 +22,7 @@ def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
         check_features(op, name, signal, ("B", "T") if is_flat else ("B", "1", "T"))
         if not is_flat and signal.shape[1] != 1:
             raise ValueError(f"{op}: {name} must have shape [B, T] or [B, 1, T], got {list(signal.shape)}")
-        clip = signal if is_flat else signal[:, 0]
-        clips.append(clip.float() if clip.dtype in (torch.float16, torch.bfloat16) else clip)
+        clips.append(signal if is_flat else signal[:, 0])
     shapes = {name: list(signal.shape) for name, signal in signals.items()}
     if len({clip.shape for clip in clips}) > 1:
         raise ValueError(f"{op}: the signals must have one shape, got {shapes}")
@@ -32,7 +31,8 @@ def as_clips(op: str, **signals: Tensor) -> list[Tensor]:
         raise ValueError(f"{op}: the signals must be on one device, got {devices}")
     if clips[0].shape[0] < 1 or clips[0].shape[1] < SHORTEST:
         raise ValueError(f"{op}: the signals must be at least one clip of {SHORTEST} samples, got {shapes}")
-    return clips
+    dtype = torch.float64 if any(clip.dtype == torch.float64 for clip in clips) else torch.float32
+    return [clip.to(dtype) for clip in clips]
 
 
 def spectrum(x: Tensor, n_fft: int, hop: int, window_length: int, center: bool = True) -> Tensor:
