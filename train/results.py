@@ -5,7 +5,7 @@
     python -m train.results check README.md                             1 if a table is not what its file says
 
 In README a table stands between `<!-- results: PATH -->` and `<!-- end -->`. A study's file is its study.json, as
-`python -m train.study` wrote it.
+`python -m train.study` wrote it; `<!-- whole results: PATH -->` asks for all of its table in place of a short one.
 """
 
 import json
@@ -27,7 +27,7 @@ from train.evaluate import read_record
 from train.report.runs import SHOWN, System, collect
 
 FORMAT = "mvat-results-1"
-_TABLE = re.compile(r"(<!-- results: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- (?P<whole>whole )?results: (?P<path>\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def gather(experiment: Path) -> dict[str, Any]:
@@ -100,10 +100,10 @@ def renewed(text: str, folder: Path) -> str:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read ({error})") from None
-        formats = {FORMAT: table, study_results.FORMAT: study_text.readme}
+        formats = {FORMAT: table, study_results.FORMAT: study_text.whole if match["whole"] else study_text.readme}
         if results.get("format") not in formats:
             raise ValueError(f"{path}: is not of format {' or '.join(map(repr, formats))}")
-        return match[1] + formats[results["format"]](results) + match[3]
+        return match[1] + formats[results["format"]](results) + match[4]
 
     new, count = _TABLE.subn(replace, text)
     if not count:

@@ -76,23 +76,24 @@ def verdicts(study: Json) -> list[str]:
 
 
 def like_quality_table(study: Json) -> str:
-    """The ratios of parameters and GFLOPs at like quality: a row a method, a column a metric."""
+    """The ratios of parameters and GFLOPs at like quality: a row for the methods that agree, a column a metric."""
     found = study["like_quality"]
     if not found:
         return "There is no teacher's score to compare with.\n"
-    methods = next(iter(found.values()))
-    lines = [
-        "| method | " + " | ".join(shown(metric).title for metric in found) + " |",
-        "|---|" + "---|" * len(found),
-    ]
-    for method in methods:
+    rows: dict[str, list[str]] = {}
+    for method in next(iter(found.values())):
         cells = [
             f"{at['student']}: {at['parameters']:.2f}x parameters, {at['gflops']:.2f}x GFLOPs"
             if (at := found[metric][method])
             else "not reached"
             for metric in found
         ]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        rows.setdefault(" | ".join(cells), []).append(method)
+    lines = [
+        "| method | " + " | ".join(shown(metric).title for metric in found) + " |",
+        "|---|" + "---|" * len(found),
+        *(f"| {', '.join(methods)} | {cells} |" for cells, methods in rows.items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +118,58 @@ def like_quality_note() -> str:
 
 
 def readme(study: Json) -> str:
-    """What README shows of a study."""
+    """What README shows of a study: scores of the noisy input, the teacher and the student alone, then what every
+    method adds to them; the metrics of one student after those of another."""
+    metrics = study["config"]["metrics"]
+    systems = study["systems"]
+    students = list(dict.fromkeys(system["student"] for system in systems if system["kind"] == "student"))
+    titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
+    heads = [title if i else f"{student}: {title}" for student in students for i, title in enumerate(titles)]
+    rows: dict[str, dict[str, list[str]]] = {}
+    for system in systems:
+        taught = system["kind"] == "student"
+        name = system["label"] if not taught else "alone" if system["transfer"] == "none" else system["method"]
+        cells = [(_gain if "difference" in system else _score)(system, metric) for metric in metrics]
+        rows.setdefault(name, {}).update(dict.fromkeys([system["student"]] if taught else students, cells))
+    empty = [""] * len(metrics)
+    lines = [
+        "| | " + " | ".join(heads) + " |",
+        "|---|" + "---:|" * len(heads),
+        *(
+            f"| {name} | " + " | ".join(cell for student in students for cell in row.get(student, empty)) + " |"
+            for name, row in rows.items()
+        ),
+    ]
+    seeds = max((len(system["seeds"]) for system in systems), default=0)
+    recordings = f"Means over {len(study['files'])} recordings and up to {seeds} seeds."
+    text = f"""
+{recordings} Signs mark differences to the student alone, ± half of
+their 95 % interval, bold where it leaves out 0; the intervals are not corrected for their number.
+
+{like_quality_note()}
+{like_quality_table(study)}"""
+    return "\n".join(lines) + "\n" + text
+
+
+def _score(system: Json, metric: str) -> str:
+    scores = system["scores"][metric]
+    return f"{scores['mean']:.{shown(metric).digits}f}" if scores else ""
+
+
+def _gain(system: Json, metric: str) -> str:
+    """A difference with half of its interval, "+0.10 ± 0.12"."""
+    found = system["difference"].get(metric)
+    if not found:
+        return ""
+    digits = shown(metric).digits
+    text = f"{round(found['mean'], digits) + 0.0:+.{digits}f}"  # no negative zero
+    if found["low"] is not None:
+        text += f" ± {(found['high'] - found['low']) / 2:.{digits}f}"
+    return text if found["verdict"] == "undecided" else f"**{text}**"
+
+
+def whole(study: Json) -> str:
+    """Everything that a page shows of a study beside its pictures."""
     return f"{table(study)}\n{note(study)}\n{like_quality_note()}\n{like_quality_table(study)}"
 
 

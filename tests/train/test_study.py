@@ -121,9 +121,10 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     saved = tmp_path / "saved.json"
     assert results.main(["save", str(out), str(saved)]) == 0
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- results: saved.json -->\n<!-- end -->\n")
+    readme.write_text("<!-- results: saved.json -->\n<!-- end -->\n<!-- whole results: saved.json -->\n<!-- end -->\n")
     assert results.main(["readme", str(readme)]) == 0 and results.main(["check", str(readme)]) == 0
-    assert study_text.readme(content) in readme.read_text()
+    short, whole = readme.read_text().split("<!-- end -->")[:2]
+    assert study_text.readme(content) in short and study_text.whole(content) in whole
 
 
 def test_a_weight_is_chosen_by_validation_and_one_that_diverged_is_not(data, tmp_path, monkeypatch, capsys):
@@ -257,6 +258,37 @@ def test_differences_pair_seeds_and_recordings_and_leave_out_what_is_missing():
     found = mvat["difference"]["si_sdr"]
     assert (found["mean"], found["seeds"], found["files"], found["over"]) == (2.0, 1, 2, "files")
     assert mvat["seeds"] == [1, 2] and mvat["diverged"] == [0]
+
+
+def test_the_short_table_has_a_row_a_method_and_marks_what_is_decided():
+    def system(kind, student, method, score, **more):
+        scores = {"si_sdr": {"mean": score}}
+        return {"kind": kind, "student": student, "transfer": method, "method": method, "scores": scores} | more
+
+    def gain(mean, half, verdict):
+        return {"difference": {"si_sdr": {"mean": mean, "low": mean - half, "high": mean + half, "verdict": verdict}}}
+
+    study = {
+        "config": {"metrics": ["si_sdr"]},
+        "files": ["a", "b"],
+        "like_quality": {},
+        "systems": [
+            system("noisy", None, "none", 5.0, label="noisy", seeds=[]),
+            system("student", "large", "none", 7.0, seeds=[0, 1]),
+            system("student", "large", "mvat", 8.0, seeds=[0, 1], **gain(1.0, 0.5, "higher")),
+            system("student", "small", "none", 6.0, seeds=[0, 1]),
+            system("student", "small", "output", 6.0, seeds=[0, 1], **gain(-0.001, 0.5, "undecided")),
+        ],
+    }
+    assert study_text.readme(study).splitlines()[:6] == [
+        "| | large: SI-SDR, dB | small: SI-SDR, dB |",
+        "|---|---:|---:|",
+        "| noisy | 5.00 | 5.00 |",
+        "| alone | 7.00 | 6.00 |",
+        "| mvat | **+1.00 ± 0.50** |  |",
+        "| output |  | +0.00 ± 0.50 |",
+    ]
+    assert "2 recordings and up to 2 seeds" in study_text.readme(study)
 
 
 def test_like_quality_takes_the_smallest_student_that_reaches_the_teachers_spread():
