@@ -177,10 +177,11 @@ def run(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = Manner(**config.model.arguments)
-    if config.model.weights is None:
+    weights = initial_weights(config.model)
+    if weights is None:
         start_upright(model, *_sample(drawn))
     else:
-        _start_from(model, config.model.weights)
+        model.load_state_dict(weights)
     return Solver(config, model, teacher, drawn, _file_pairs(valid), kind).fit()
 
 
@@ -200,13 +201,22 @@ def tell_unfinished(teacher: Path) -> None:
         )
 
 
-def _start_from(model: Manner, weights: str) -> None:
-    """Load the weights to begin with; ValueError where they are another model's."""
-    found = Manner.from_pretrained(weights)
-    unlike = differences(model.config, found.config)
+def initial_weights(model: ModelConfig) -> dict[str, Tensor] | None:
+    """The weights to begin with, None for random ones.
+
+    Args:
+        model: with all arguments spelt out.
+
+    Raises:
+        ValueError, OSError: they cannot be read, or are another model's.
+    """
+    if model.weights is None:
+        return None
+    found = Manner.from_pretrained(model.weights)
+    unlike = differences(model.arguments, found.config)
     if unlike:
-        raise ValueError(f"model.weights: {weights} is of another model than the run's ({'; '.join(unlike)})")
-    model.load_state_dict(found.state_dict())
+        raise ValueError(f"model.weights: {model.weights} is of another model than the run's ({'; '.join(unlike)})")
+    return found.state_dict()
 
 
 def _sample(drawn: Segments | Mixtures, size: int = 4) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,7 @@ def evaluate(
         pairs = [(entry.name, entry.clean, estimates[entry.name]) for entry in own if entry.name in estimates]
         scored = score_files(pairs, metrics, workers, shown)
         header = {"format": SCORES_FORMAT, **description, "set": subset, "data": str(data_set.path.resolve())}
+        header["checkpoint"] = None if checkpoint is None else str(checkpoint)
         return _Share(header, [entry.name for entry in entries], scored, failures + scored.failures)
 
     shown = progress and group.main

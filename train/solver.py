@@ -21,6 +21,7 @@ from train import config as settings
 from train.config import RunConfig, completed, differences
 from train.curves import NAME, Curves
 from train.data import Pairs, Segments
+from train.evaluate import HISTORY_FORMAT
 from train.loading import Loader
 from train.mixtures import Mixtures
 from train.processes import DivergedError, RunError, Stopped
@@ -31,7 +32,6 @@ from train.validation import Sample, validate
 
 __all__ = ["DivergedError", "RunError", "Solver", "Stopped"]
 
-HISTORY_FORMAT = "mvat-history-1"
 #: What may change when a run goes on.
 FREE_KEYS = ("out", "label", "data.workers", "save_minutes")
 #: Moves skipped in a row, since something was not finite, after which the run ends.

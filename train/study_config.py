@@ -216,8 +216,10 @@ def _check_seeds(key: str, seeds: Sequence[int]) -> None:
 
 def _resolved(key: str, model: ModelConfig) -> ModelConfig:
     try:
-        return command.resolved(model)
-    except ValueError as error:
+        full = command.resolved(model)
+        command.initial_weights(full)
+        return full
+    except (ValueError, OSError) as error:
         raise ValueError(f"{key}: {error}") from None
 
 
@@ -229,6 +231,8 @@ def _check_method(name: str, method: MethodConfig) -> None:
         if weights:
             raise ValueError(f"methods.{name}: the student alone has no weights, got {weights}")
         return
+    if name == "alone":
+        raise ValueError("methods.alone: so tables call the student of the method none; choose another name")
     if not weights or len(set(weights)) < len(weights) or not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"methods.{name}.weights must be one or more different positive numbers, got {weights}")
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch
 from mvat import __version__
 from mvat.doctor import cpu_name
 from mvat.files import write_text
+from mvat.models import Manner, count_flops, count_parameters
 from train.evaluate import HISTORY_FORMAT, SCORES_FORMAT, read_record
 from train.study_config import model_name
 from train.study_runs import Finished, Job, Plan, is_scored, read_finished
@@ -119,9 +121,8 @@ def _run(
     """A run as it stands in study.json, but for its scores, which are name -> metric -> score here."""
     diverged = finished.diverged if finished else None
     record = {} if diverged else read_record(folder / "scores.json", SCORES_FORMAT)
-    # One that diverged has no scores, but a history where it came so far.
-    history = folder / "history.json"
-    described = record or (read_record(history, HISTORY_FORMAT) if history.is_file() else {})
+    # One that diverged has no scores.
+    described = record or (_cost(job.config.model.arguments) if job else {})
     transfer = job.config.transfer if job else None
     return {
         "label": label,
@@ -141,6 +142,12 @@ def _run(
         "unscored": len({failure["name"] for failure in record.get("failed", ())}),
         "scores": record.get("files", {}),
     }
+
+
+def _cost(arguments: Mapping[str, Any]) -> Json:
+    with torch.device("meta"):
+        parameters = count_parameters(Manner(**arguments))
+    return {"parameters": parameters, "gflops": round(count_flops(arguments) / 1e9, 4)}
 
 
 def _rounded(score: float | None) -> float | None:

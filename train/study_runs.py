@@ -142,7 +142,7 @@ class Plan:
         teacher = self.teacher_checkpoints[place % len(self.teacher_checkpoints)]
         transfer = transfer_config(way, teacher, weight)
         if trial:
-            folder = self.out / "trials" / f"{name}_{method}_w{weight:g}_seed{seed}"
+            folder = self.out / "trials" / f"{name}_{method}_w{str(weight).removesuffix('.0')}_seed{seed}"
         else:
             folder = self.out / f"student_{name}_{method}_seed{seed}"
         run = self._run(folder, model, seed, label, transfer, config.trials.epochs if trial else None)
@@ -252,12 +252,23 @@ class Runner:
     def score(self, folder: Path, checkpoint: Path | None) -> None:
         """Score a run, or the noisy input, on the test set, unless that is done."""
         data, metrics = self.config.run.data.path, self.config.metrics
-        if is_scored(folder, manifest.load(data).path, metrics):
+        if is_scored(folder, manifest.load(data).path, metrics) and not self._renewed(folder, checkpoint):
             return
         # PESQ can crash, so it has processes of its own, which cost more than they save for the others.
         workers = None if set(PESQ_METRICS) & set(metrics) else 0
         print(f"scores of {folder}", flush=True)
         evaluate(data, folder, checkpoint, metrics=metrics, workers=workers)
+
+    def _renewed(self, folder: Path, checkpoint: Path | None) -> bool:
+        """Whether the teacher that was given is another one than the folder's scores are of."""
+        if self.config.teacher.checkpoint is None or checkpoint != Path(self.config.teacher.checkpoint):
+            return False
+        scores = folder / "scores.json"
+        files = checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint] if checkpoint.is_file() else []
+        changed = max((file.stat().st_mtime for file in files), default=0.0)
+        return (
+            read_record(scores, SCORES_FORMAT).get("checkpoint") != str(checkpoint) or changed > scores.stat().st_mtime
+        )
 
     def _times(self) -> str:
         gone = f"{duration(time.perf_counter() - self._started)} gone"

@@ -1,5 +1,6 @@
 """Weights in and out: folders of config.json and model.safetensors, hub names, checkpoint files."""
 
+import errno
 import json
 import math
 import pickle
@@ -15,6 +16,8 @@ from mvat.files import replacing
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+#: What a model's configuration says beside its arguments.
+_KIND = {"architecture": "Manner", "sample_rate": 16_000}
 #: What matrices may be stored in.
 STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: The student that comes with the package; its card lies beside it.
@@ -28,12 +31,17 @@ def load(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if source == "":
         raise ValueError("from_pretrained: the name is empty; the folder one is in is written as .")
     path = Path(source)
-    if path.is_dir():
-        return _load_folder(path)
-    if path.is_file():
-        return _load_checkpoint(path)
-    if path.exists():
-        raise ValueError(f"{path}: is no regular file")
+    try:
+        if path.is_dir():
+            return _load_folder(path)
+        if path.is_file():
+            return _load_checkpoint(path)
+        if path.exists():
+            raise ValueError(f"{path}: is no regular file")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(f"from_pretrained: a name of {len(str(source))} characters is too long") from None
     return _load_folder(_download(source))
 
 
@@ -56,7 +64,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise FileExistsError(f"{folder}: is a file, expected a folder") from None
-    text = json.dumps({"architecture": "Manner", "sample_rate": 16_000, "arguments": dict(config)}, indent=2)
+    text = json.dumps({**_KIND, "arguments": dict(config)}, indent=2)
     weights, settings = folder / WEIGHTS_NAME, folder / CONFIG_NAME
     with replacing(settings) as new_settings, replacing(weights) as new_weights:
         # Its own way of writing files lets nobody but their owner read them.
@@ -97,9 +105,13 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         problems.append(f"{len(kinds)} of another kind (such as {n}: {state[n].dtype} instead of {expected[n].dtype})")
     if problems:
         raise ValueError(f"{origin}: the weights do not fit the model: {', '.join(problems)}")
-    wild = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    odd = [name for name, value in state.items() if value.layout != torch.strided or value.is_meta]
+    if odd:
+        raise ValueError(f"{origin}: {len(odd)} weights are not stored in full (such as {odd[0]})")
+    wild = [name for name, value in state.items() if not torch.isfinite(value.to(expected[name].dtype)).all()]
     if wild:
-        raise ValueError(f"{origin}: {len(wild)} weights hold NaN or infinity (such as {wild[0]})")
+        what = f"{len(wild)} weights hold NaN or infinity in {expected[wild[0]].dtype}"
+        raise ValueError(f"{origin}: {what} (such as {wild[0]})")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -146,8 +158,11 @@ def _load_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         content = json.loads(settings.read_text())
         config = content["arguments"]
         config.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{settings}: not a model\'s configuration: expected JSON with "arguments"') from None
+    for key, value in _KIND.items():
+        if content.get(key, value) != value:
+            raise ValueError(f"{settings}: {key} must be {value!r}, got {content[key]!r}")
     try:
         with open(weights, "rb"):  # safetensors takes a file that may not be read for one that is missing
             state = load_file(weights)

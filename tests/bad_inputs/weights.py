@@ -165,6 +165,12 @@ CHECKPOINTS = (
     ),
     file("a complex weight", "of another kind|complex64", state(lambda s: s.update({KEY: s[KEY].to(torch.complex64)}))),
     file("a NaN among the weights", "NaN or infinity|manner_block.in_conv.0.weight", state(nan_weight)),
+    file(
+        "a weight beyond single precision",
+        f"1 weights hold NaN or infinity in torch.float32 (such as {KEY}",
+        state(lambda s: s.update({KEY: s[KEY].double().fill_(1e300)})),
+    ),
+    file("a sparse weight", f"not stored in full (such as {KEY}", state(lambda s: s.update({KEY: s[KEY].to_sparse()}))),
     file("official, a missing weight", "missing", state(lambda s: s.pop(KEY), official=True)),
     file(
         "official, a level without its name",
@@ -215,6 +221,23 @@ FOLDERS = (
     model("a list as configuration", 'config.json|"arguments"', written("[1]", "model/config.json")),
     model("no arguments", 'config.json|"arguments"', written("{}", "model/config.json")),
     model("a text as arguments", 'config.json|"arguments"', written('{"arguments": "no"}', "model/config.json")),
+    model("lists in lists without end", 'config.json|"arguments"', written("[" * 200_000, "model/config.json")),
+    model(
+        "another rate",
+        "config.json|sample_rate must be 16000, got 48000",
+        written('{"sample_rate": 48000, "arguments": {}}', "model/config.json"),
+    ),
+    model(
+        "another architecture",
+        "config.json|architecture must be 'Manner', got 'Demucs'",
+        written('{"architecture": "Demucs", "arguments": {}}', "model/config.json"),
+    ),
+    Case(
+        "a name of 5000 letters",
+        "mvat.Manner.from_pretrained('a' * 5000)",
+        "a name of 5000 characters is too long",
+        error=ValueError,
+    ),
     model("half the weights", "safetensors", clipped("model/model.safetensors", "model/model.safetensors", 0.5)),
     model("empty weights", "safetensors", written("", "model/model.safetensors")),
     model("a text as weights", "safetensors", written("hello world" * 9, "model/model.safetensors")),

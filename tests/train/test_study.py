@@ -1,4 +1,6 @@
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,20 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     assert found["systems"][3]["difference"]["si_sdr"]["over"] == "files" and not found["trials"]
     assert found["systems"][1]["scores"] == content["systems"][1]["scores"]
 
+    # Its scores are renewed when it has learnt on; a student that diverged at once is left out, but not its size.
+    teacher = Path(again["teacher"]["checkpoint"])
+    os.utime(teacher, (later := time.time() + 9, later))
+    diverged = tmp_path / "again" / "student_hidden6-depth1_at_seed3"
+    for name in ("history.json", "scores.json"):
+        (diverged / name).unlink()
+    finished = json.loads((diverged / "finished.json").read_text()) | {"steps": 0, "diverged": "not finite"}
+    (diverged / "finished.json").write_text(json.dumps(finished))
+    assert study.main([str(written(tmp_path / "again", again))]) == 0
+    assert capsys.readouterr().out.count("scores of") == 1
+    at = json.loads((tmp_path / "again" / "study.json").read_text())["systems"][3]
+    assert at["diverged"] == [3] and not at["seeds"] and at["scores"]["si_sdr"] is None
+    assert at["parameters"] == found["systems"][3]["parameters"]
+
     # The report and the results find the runs, the trials not among them.
     systems = report_runs.collect(out)
     assert [(s.first.kind, s.first.method, len(s.runs)) for s in systems] == [
@@ -171,6 +187,11 @@ def test_a_weight_is_chosen_by_validation_and_one_that_diverged_is_not(data, tmp
             "methods.x, student hidden6-depth1",
         ),
         ({"teacher": {"model": {"arguments": {"hidden": 6, "depth": 2}}}}, "methods.mvat, student hidden6-depth1"),
+        (
+            {"methods": {"none": {"method": "none"}, "alone": {"method": "mvat", "weights": [1]}}},
+            "methods.alone: so tables call",
+        ),
+        ({"students": [TINY | {"weights": "nowhere.pt"}]}, "students[0]: nowhere.pt does not exist"),
         ({"teacher": {}}, "name either teacher.model"),
         ({"teacher": {"checkpoint": "nowhere.pt"}}, "nowhere.pt"),
         ({"students": [{"preset": "tiny"}]}, "students[0]: model.preset must be one of"),
