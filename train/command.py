@@ -275,7 +275,9 @@ def split(data: manifest.Manifest, valid_speakers: Sequence[str], limit: int) ->
     if valid_speakers:
         unknown = set(valid_speakers) - {entry.speaker for entry in train}
         if unknown:
-            raise ValueError(f"{data.path}: data.valid_speakers not in the training set: {', '.join(sorted(unknown))}")
+            there = ", ".join(sorted({entry.speaker for entry in train}))
+            named = ", ".join(sorted(unknown))
+            raise ValueError(f"{data.path}: data.valid_speakers not in the training set: {named}; there are {there}")
         valid += [entry for entry in train if entry.speaker in valid_speakers]
         train = [entry for entry in train if entry.speaker not in valid_speakers]
     if not valid:

@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
     try:
+        if not arguments:
+            raise ValueError("name a configuration, such as train/configs/study_pairs.yaml")
         current_backend()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("a study runs in one process; torchrun is for train.teacher and train.distill")

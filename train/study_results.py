@@ -219,14 +219,19 @@ def like_quality(systems: Sequence[Json], metrics: Sequence[str]) -> Json:
 
     Metric -> method -> the smallest student of this method whose mean over seeds is not below the teacher's lowest
     seed, as {"student", "parameters", "gflops"}, the last two being the teacher's over the student's; None where no
-    student reaches it. Without a teacher's score there is nothing to reach, and the metric is left out.
+    student reaches it. Without a teacher's score, or with one that is not above the noisy input's, there is nothing to
+    reach, and the metric is left out.
     """
     found: Json = {}
-    teacher = next((system for system in systems if system["kind"] == "teacher"), None)
+    kinds = {system["kind"]: system for system in reversed(systems)}
+    teacher, noisy = kinds.get("teacher"), kinds.get("noisy")
     students = sorted((s for s in systems if s["kind"] == "student"), key=lambda s: s["parameters"])
     for metric in metrics:
         goal = teacher and teacher["scores"][metric]
         if not teacher or not goal:
+            continue
+        floor = noisy and noisy["scores"][metric]
+        if floor and goal["mean"] <= floor["mean"]:
             continue
         for method in dict.fromkeys(system["method"] for system in systems if system["kind"] == "student"):
             reached = None

@@ -184,6 +184,7 @@ class Runner:
         data = manifest.load(self.config.run.data.path)
         if not data.split("test"):
             raise ValueError(f"{data.path}: the test set is empty")
+        command.split(data, self.config.run.data.valid_speakers, self.config.run.data.valid_limit)
 
     def teachers(self) -> None:
         """Train and score the teachers, and score the noisy input."""

@@ -75,11 +75,11 @@ def verdicts(study: Json) -> list[str]:
     return sentences
 
 
-def like_quality_table(study: Json) -> str:
+def like_quality(study: Json) -> str:
     """The ratios of parameters and GFLOPs at like quality: a row for the methods that agree, a column a metric."""
     found = study["like_quality"]
     if not found:
-        return "There is no teacher's score to compare with.\n"
+        return "The teacher is not above the noisy input in any score: there is no quality for a student to reach.\n"
     rows: dict[str, list[str]] = {}
     for method in next(iter(found.values())):
         cells = [
@@ -94,7 +94,11 @@ def like_quality_table(study: Json) -> str:
         "|---|" + "---|" * len(found),
         *(f"| {', '.join(methods)} | {cells} |" for cells, methods in rows.items()),
     ]
-    return "\n".join(lines) + "\n"
+    return """Like quality: the smallest student whose mean over seeds is not below the teacher's lowest seed, and how
+many times its parameters and GFLOPs the teacher has (this project's own definition), in the scores in
+which the teacher is above the noisy input.
+
+""" + "".join(f"{line}\n" for line in lines)
 
 
 def note(study: Json) -> str:
@@ -109,12 +113,14 @@ def note(study: Json) -> str:
     )
 
 
-def like_quality_note() -> str:
-    """What like quality is."""
-    return (
-        "Like quality: the smallest student whose mean over seeds is not below the teacher's lowest seed, and how\n"
-        "many times its parameters and GFLOPs the teacher has (this project's own definition).\n"
-    )
+def edges_note(study: Json) -> str:
+    """How many weights were chosen at an end of their candidates."""
+    trials = study["trials"]
+    ends = [(min(trial["scores"])[0], max(trial["scores"])[0]) for trial in trials]
+    count = sum(trial["chosen"] in end for trial, end in zip(trials, ends, strict=True))
+    if not count:
+        return ""
+    return f"{count} of {len(trials)} weights were chosen at an end of their candidates: a better one may lie beyond.\n"
 
 
 def readme(study: Json) -> str:
@@ -145,9 +151,8 @@ def readme(study: Json) -> str:
     text = f"""
 {recordings} Signs mark differences to the student alone, ± half of
 their 95 % interval, bold where it leaves out 0; the intervals are not corrected for their number.
-
-{like_quality_note()}
-{like_quality_table(study)}"""
+{edges_note(study)}
+{like_quality(study)}"""
     return "\n".join(lines) + "\n" + text
 
 
@@ -170,13 +175,13 @@ def _gain(system: Json, metric: str) -> str:
 
 def whole(study: Json) -> str:
     """Everything that a page shows of a study beside its pictures."""
-    return f"{table(study)}\n{note(study)}\n{like_quality_note()}\n{like_quality_table(study)}"
+    return f"{table(study)}\n{note(study)}{edges_note(study)}\n{like_quality(study)}"
 
 
 def summary(study: Json) -> str:
     """What the command prints at its end."""
     lines = [note(study), table(study).replace("<br>", "; "), *verdicts(study)]
-    lines += ["", like_quality_note(), like_quality_table(study)]
+    lines += ["", like_quality(study)]
     return "\n".join(lines)
 
 
@@ -212,8 +217,8 @@ seed {trial_seeds}.
 
 {chosen}
 
+{edges_note(study)}
 ## Like quality
 
-{like_quality_note()}
-{like_quality_table(study)}
+{like_quality(study)}
 {pictures}"""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mvat.files import replacing
+from mvat.models.presets import PRESETS
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -212,6 +213,11 @@ def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 def _download(name: str | Path) -> Path:
     # A path that does not exist looks like a hub name, owner/name, only with one slash and no file's ending.
+    if name in PRESETS:
+        message = (
+            f"{name} does not exist; it is a preset's name, and weights come with {SHIPPED.name} alone, without a name"
+        )
+        raise FileNotFoundError(message)
     is_file = str(name).endswith((".pt", ".pth", ".safetensors"))
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")) or is_file:
         raise FileNotFoundError(f"{name} does not exist")

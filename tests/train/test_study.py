@@ -83,7 +83,7 @@ def test_a_killed_study_goes_on_and_does_nothing_twice(data, tmp_path, monkeypat
     # A teacher, two trials, two methods of two seeds.
     assert "run 1 of 7: teacher (hidden7-depth1), seed 0" in shown
     assert "run 3 of 7: trial of student (hidden6-depth1), mvat, weight 0.1, seed 0" in shown and " left" in shown
-    assert "run 7 of 7" in shown and "Like quality: the smallest student" in shown
+    assert "run 7 of 7" in shown and "student (hidden6-depth1), mvat: " in shown
     assert len(epochs) == len(set(epochs)) == 13
     content = json.loads((out / "study.json").read_text())
     an_epoch = content["runs"][1]["steps"] // 3  # of the teacher, that learns for longer
@@ -293,6 +293,7 @@ def test_the_short_table_has_a_row_a_method_and_marks_what_is_decided():
         "config": {"metrics": ["si_sdr"]},
         "files": ["a", "b"],
         "like_quality": {},
+        "trials": [{"scores": [[w, None] for w in (0.1, 1, 10)], "chosen": chosen} for chosen in (1, 10)],
         "systems": [
             system("noisy", None, "none", 5.0, label="noisy", seeds=[]),
             system("student", "large", "none", 7.0, seeds=[0, 1]),
@@ -310,6 +311,8 @@ def test_the_short_table_has_a_row_a_method_and_marks_what_is_decided():
         "| output |  | +0.00 ± 0.50 |",
     ]
     assert "2 recordings and up to 2 seeds" in study_text.readme(study)
+    assert "1 of 2 weights were chosen at an end of their candidates" in study_text.readme(study)
+    assert "no quality for a student to reach" in study_text.readme(study)
 
 
 def test_like_quality_takes_the_smallest_student_that_reaches_the_teachers_spread():
@@ -323,6 +326,8 @@ def test_like_quality_takes_the_smallest_student_that_reaches_the_teachers_sprea
     ]
     found = study_results.like_quality(study_results.summarise(runs, ["si_sdr"]), ["si_sdr"])
     assert found == {"si_sdr": {"alone": {"student": "m", "parameters": 4.0, "gflops": 4.0}, "mvat": None}}
+    runs.append(run("noisy", "", "", None, [11.0]))  # the teachers' mean: they have not made it better
+    assert study_results.like_quality(study_results.summarise(runs, ["si_sdr"]), ["si_sdr"]) == {}
 
 
 def test_small_things():
