@@ -10,9 +10,12 @@ from typing import Any, Literal
 import torch
 
 from mvat.audio import SAMPLE_RATE
-from mvat.losses import SHORTEST
+from mvat.losses import SHORTEST, VIEW_NAMES
 from mvat.metrics import METRICS
 
+#: The ways to teach, and the forms of attention transfer.
+Method = Literal["none", "output", "attention", "mvat"]
+Form = Literal["paper", "code"]
 #: What NumPy's generator can start from.
 SEEDS = range(2**32)
 
@@ -150,13 +153,13 @@ class TransferConfig:
         form: "paper" or "code", see mvat.kernels.attention_transfer_loss.
     """
 
-    method: Literal["none", "mvat", "output", "attention"] = "none"
+    method: Method = "none"
     teacher: str | None = None
     weight: float = 0.1
     pairs: list[tuple[int, int]] | None = None
-    views: list[str] = field(default_factory=lambda: ["channel", "global_", "local"])
+    views: list[str] = field(default_factory=lambda: list(VIEW_NAMES))
     p: float = 2.0
-    form: Literal["paper", "code"] = "paper"
+    form: Form = "paper"
 
 
 @dataclass

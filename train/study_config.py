@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from mvat.losses import VIEW_NAMES
 from mvat.metrics import METRICS
 from mvat.models import PRESETS, Manner
 from train import command
 from train import config as settings
-from train.config import ModelConfig, RunConfig, TransferConfig
+from train.config import Form, Method, ModelConfig, RunConfig, TransferConfig
 from train.transfer import Transfer
 
 #: Keys of a run that the study sets itself.
@@ -62,10 +63,10 @@ class MethodConfig:
         pairs: [student block, teacher block] indices; None pairs all in order.
     """
 
-    method: Literal["none", "output", "attention", "mvat"]
+    method: Method
     weights: list[float] = field(default_factory=list)
-    views: list[str] = field(default_factory=lambda: ["channel", "global_", "local"])
-    form: Literal["paper", "code"] = "paper"
+    views: list[str] = field(default_factory=lambda: list(VIEW_NAMES))
+    form: Form = "paper"
     p: float = 2.0
     pairs: list[tuple[int, int]] | None = None
 

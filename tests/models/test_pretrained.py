@@ -314,3 +314,21 @@ def test_other_dtypes_and_layouts_load(model: Manner, tmp_path: Path) -> None:
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     for name, p in loaded.named_parameters():
         assert torch.equal(p, state[name].float())
+
+
+def test_weights_too_large_for_half_precision_are_refused_and_nothing_is_written(tmp_path: Path):
+    model = Manner(hidden=6, depth=1)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() > 1).fill_(1e5)
+    with pytest.raises(ValueError, match=r"up to 1e\+05, too large for torch.float16"):
+        model.save_pretrained(tmp_path / "model", dtype=torch.float16)
+    assert not (tmp_path / "model").exists()
+
+
+def test_half_precision_is_how_it_is_stored_not_how_it_runs(tmp_path: Path):
+    model = Manner(hidden=6, depth=1).eval()
+    model.save_pretrained(tmp_path, dtype=torch.float16)
+    loaded = Manner.from_pretrained(tmp_path)
+    for (name, before), after in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        stored = before.half().float() if before.dim() > 1 else before
+        assert after.dtype == before.dtype and torch.equal(after, stored), name

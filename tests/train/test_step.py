@@ -1,15 +1,18 @@
 """One move of the optimiser: accumulation, clipping, averaging, what is not finite, precision."""
 
 import math
+import typing
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from mvat.kernels import use_backend
+from mvat.kernels.attention_transfer_loss import FORMS
+from mvat.losses import ENHANCEMENT_LOSSES
 from mvat.models import Manner
 from train import processes
-from train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TransferConfig, check
+from train.config import DataConfig, Form, ModelConfig, OptimConfig, RunConfig, TransferConfig, check
 from train.step import Average, Delayed, Statistics, Step
 from train.transfer import Transfer
 
@@ -221,3 +224,9 @@ def test_a_step_on_a_gpu_never_waits_and_skips_there(precision):
         torch.cuda.set_sync_debug_mode("default")
     assert [report.finite for report in step.finish()] == [False]
     assert all(torch.equal(before[name], value) for name, value in state(step).items())
+
+
+def test_a_configuration_can_name_every_loss_and_form():
+    hints = typing.get_type_hints(OptimConfig)
+    assert sorted(typing.get_args(hints["loss"])) == sorted(ENHANCEMENT_LOSSES)
+    assert typing.get_args(Form) == FORMS
