@@ -45,7 +45,13 @@ def parse_values(argv: Sequence[str] | None, description: str, of: type, add_arg
     """What `parse` does, for any dataclass: `add_arguments` is called with jsonargparse's parser."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    parser = ArgumentParser(
+        prog=f"python -m {module.name}" if module else None,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     files, options = _config_files(sys.argv[1:] if argv is None else argv)
     for file in files:
         _check_yaml(file, of)
