@@ -190,6 +190,9 @@ def test_the_site_builds_and_no_link_breaks(tmp_path: Path) -> None:
         command, cwd=REPO, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        for source in re.findall(r'<img[^>]* src="([^":]+)"', page.read_text(encoding="utf-8")):
+            assert (page.parent / source).is_file(), f"{page.name}: no picture {source}"
     reference = (tmp_path / "site/api/models.html").read_text(encoding="utf-8")
     assert 'id="mvat.models.blocks.GlobalAttention"' in reference
     benchmarks = (tmp_path / "site/benchmarks.html").read_text(encoding="utf-8")
