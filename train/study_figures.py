@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from train.study_text import Json, shown
+from train.study_text import Json, title, way
 
 _COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 _RC: Any = {
@@ -139,9 +139,7 @@ def _legend(figure: Figure, axes: Any) -> None:
 
 def _name(system: Json) -> str:
     """What a system is called in a legend."""
-    if system["kind"] == "teacher":
-        return "teacher"
-    return "alone" if system["transfer"] == "none" else system["method"]
+    return "teacher" if system["kind"] == "teacher" else way(system)
 
 
 def _colour(study: Json, system: Json) -> Any:
@@ -151,7 +149,7 @@ def _colour(study: Json, system: Json) -> Any:
 
 
 def _title(metric: str) -> str:
-    return "loss" if metric == "loss" else shown(metric).title + shown(metric).unit.replace(" ", ", ")
+    return "loss" if metric == "loss" else title(metric)
 
 
 def _svg(figure: Figure) -> str:

@@ -194,7 +194,7 @@ class Runner:
                 raise ValueError(f"{job.folder}: the teacher's training diverged; a lower run.optim.lr may help")
             self.score(job.folder, job.folder / "best.pt")
         if self.config.teacher.checkpoint is not None:
-            self.score(self.plan.out / "teacher", Path(self.config.teacher.checkpoint))
+            self.score(self.plan.out / "teacher", Path(self.config.teacher.checkpoint), given=True)
 
     def choose(self, student: int, method: str) -> tuple[float, dict[float, float | None]]:
         """The weight of a method for a student, and the mean validation score of every candidate.
@@ -250,26 +250,16 @@ class Runner:
         write_text(job.folder / "finished.json", json.dumps(record, indent=1) + "\n")
         return finished
 
-    def score(self, folder: Path, checkpoint: Path | None) -> None:
-        """Score a run, or the noisy input, on the test set, unless that is done."""
+    def score(self, folder: Path, checkpoint: Path | None, given: bool = False) -> None:
+        """Score a run, or the noisy input, on the test set, unless that is done; a checkpoint that was given, and not
+        trained here, may have changed since."""
         data, metrics = self.config.run.data.path, self.config.metrics
-        if is_scored(folder, manifest.load(data).path, metrics) and not self._renewed(folder, checkpoint):
+        if is_scored(folder, manifest.load(data).path, metrics, checkpoint if given else None):
             return
         # PESQ can crash, so it has processes of its own, which cost more than they save for the others.
         workers = None if set(PESQ_METRICS) & set(metrics) else 0
         print(f"scores of {folder}", flush=True)
         evaluate(data, folder, checkpoint, metrics=metrics, workers=workers)
-
-    def _renewed(self, folder: Path, checkpoint: Path | None) -> bool:
-        """Whether the teacher that was given is another one than the folder's scores are of."""
-        if self.config.teacher.checkpoint is None or checkpoint != Path(self.config.teacher.checkpoint):
-            return False
-        scores = folder / "scores.json"
-        files = checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint] if checkpoint.is_file() else []
-        changed = max((file.stat().st_mtime for file in files), default=0.0)
-        return (
-            read_record(scores, SCORES_FORMAT).get("checkpoint") != str(checkpoint) or changed > scores.stat().st_mtime
-        )
 
     def _times(self) -> str:
         gone = f"{duration(time.perf_counter() - self._started)} gone"
@@ -288,11 +278,16 @@ def read_finished(job: Job) -> Finished | None:
         return None
 
 
-def is_scored(folder: Path, data: Path, metrics: list[str]) -> bool:
-    """Whether a folder holds these scores of the data's test set."""
+def is_scored(folder: Path, data: Path, metrics: list[str], checkpoint: Path | None = None) -> bool:
+    """Whether a folder holds these scores of the data's test set and, where one is named, of a checkpoint as it is."""
+    scores = folder / "scores.json"
     try:
-        record = read_record(folder / "scores.json", SCORES_FORMAT)
+        record = read_record(scores, SCORES_FORMAT)
         same = record["set"] == "test" and record["data"] == str(data.resolve())
+        if checkpoint is not None:
+            files = checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint] if checkpoint.is_file() else []
+            changed = any(file.stat().st_mtime > scores.stat().st_mtime for file in files)
+            same = same and record["checkpoint"] == str(checkpoint) and not changed
         return same and set(metrics) <= record["mean"].keys()
     except (RecordError, KeyError):
         return False

@@ -13,11 +13,21 @@ def shown(metric: str) -> Metric:
     return SHOWN.get(metric) or Metric(metric.replace("_", " ").upper(), 3)
 
 
+def title(metric: str) -> str:
+    """A metric with its unit, "SI-SDR, dB"."""
+    return shown(metric).title + shown(metric).unit.replace(" ", ", ")
+
+
+def way(system: Json) -> str:
+    """How a student was taught: the method's name, or "alone"."""
+    return "alone" if system["transfer"] == "none" else system["method"]
+
+
 def table(study: Json) -> str:
     """The study's table in Markdown: a row a system; in a cell the mean over seeds (lowest to highest), and below it
     the difference to the student alone with its 95 % interval."""
     metrics = study["config"]["metrics"]
-    titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
+    titles = [title(metric) for metric in metrics]
     lines = [
         "| | weight | parameters | GFLOPs | seeds | " + " | ".join(titles) + " |",
         "|---|---:|---:|---:|---:|" + "---:|" * len(titles),
@@ -129,12 +139,12 @@ def readme(study: Json) -> str:
     metrics = study["config"]["metrics"]
     systems = study["systems"]
     students = list(dict.fromkeys(system["student"] for system in systems if system["kind"] == "student"))
-    titles = [shown(metric).title + shown(metric).unit.replace(" ", ", ") for metric in metrics]
-    heads = [title if i else f"{student}: {title}" for student in students for i, title in enumerate(titles)]
+    titles = [title(metric) for metric in metrics]
+    heads = [text if i else f"{student}: {text}" for student in students for i, text in enumerate(titles)]
     rows: dict[str, dict[str, list[str]]] = {}
     for system in systems:
         taught = system["kind"] == "student"
-        name = system["label"] if not taught else "alone" if system["transfer"] == "none" else system["method"]
+        name = way(system) if taught else system["label"]
         cells = [(_gain if "difference" in system else _score)(system, metric) for metric in metrics]
         rows.setdefault(name, {}).update(dict.fromkeys([system["student"]] if taught else students, cells))
     empty = [""] * len(metrics)

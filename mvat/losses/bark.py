@@ -74,7 +74,7 @@ _ZWICKER = 0.23
 _COUNTS, _CENTRE, _WIDTH, _CORRECTION, _THRESHOLD = np.array(_BANDS).T
 #: [257, 49] the power of a band from that of the bins; neither the constant part nor the highest bin is heard.
 _OF_BINS = np.zeros((257, len(_BANDS)))
-_OF_BINS[np.arange(1, 256), np.repeat(np.arange(49), _COUNTS.astype(int))[1:]] = 1
+_OF_BINS[np.arange(1, 256), np.repeat(np.arange(len(_BANDS)), _COUNTS.astype(int))[1:]] = 1
 _OF_BINS *= _POWER * _CORRECTION
 _EXPONENT = _ZWICKER * (6 / (_CENTRE + 2)).clip(1, 2) ** 0.15
 

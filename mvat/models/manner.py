@@ -250,8 +250,8 @@ class Manner(nn.Module):
                 gives float32 again.
 
         Raises:
-            TypeError, ValueError: for a dtype that is none of float16, bfloat16, float32 and float64, whose range
-                a weight exceeds; nothing is written.
+            TypeError, ValueError: for a dtype that is none of float16, bfloat16, float32 and float64, or whose
+                range a weight exceeds; nothing is written.
         """
         pretrained.save(folder, self.config, self.state_dict(), dtype)
 

@@ -212,12 +212,10 @@ def _infer_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def _download(name: str | Path) -> Path:
-    # A path that does not exist looks like a hub name, owner/name, only with one slash and no file's ending.
     if name in PRESETS:
-        message = (
-            f"{name} does not exist; it is a preset's name, and weights come with {SHIPPED.name} alone, without a name"
-        )
-        raise FileNotFoundError(message)
+        reason = f"it is a preset's name, and weights come with {SHIPPED.name} alone, without a name"
+        raise FileNotFoundError(f"{name} does not exist; {reason}")
+    # A path that does not exist looks like a hub name, owner/name, only with one slash and no file's ending.
     is_file = str(name).endswith((".pt", ".pth", ".safetensors"))
     if not isinstance(name, str) or name.count("/") != 1 or name.startswith((".", "/", "~")) or is_file:
         raise FileNotFoundError(f"{name} does not exist")
